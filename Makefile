@@ -1,0 +1,61 @@
+# Needs Python >= 3.10 with pip and venv, and make. `make demo` shows what lowp does, `make test` proves it.
+#
+# The environment lives in .venv and is brought up to date when pyproject.toml changes. Where torch is missing, one named
+# version comes first: a plain `torch` would pull gigabytes of CUDA onto a machine without a GPU.
+#
+#   make test PYTHON=python3.12           another Python to make .venv from
+#   make test VENV=/some/venv             an environment of your own
+#   make test ARGS="tests/repo -x -n0"    what pytest is given
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?= -n auto --maxprocesses=8
+TORCH := torch==2.13.0
+
+bin := $(VENV)/bin
+ready := $(VENV)/.lowp-ready
+
+.PHONY: help env demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    quantize the bundled model in every format, measure and generate'
+	@echo 'make test    ruff, mypy, and all tests that this machine can run'
+	@echo 'make lint    ruff and mypy alone'
+	@echo 'make format  let ruff mend what it can'
+	@echo 'make clean   remove .venv, caches and builds'
+
+env: $(ready)
+
+# A Python that already has a torch that is new enough lends it to .venv (--system-site-packages).
+has_torch = import importlib.metadata as m, sys; v = m.version("torch").split("."); sys.exit((int(v[0]), int(v[1])) < (2, 11))
+
+$(ready): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else \
+	  f"lowp wants Python >= 3.10, $(PYTHON) is {v}: name a newer one, make PYTHON=python3.12")'
+	@test -x $(bin)/python || { echo "making $(VENV)"; \
+	  if $(PYTHON) -c '$(has_torch)' 2>/dev/null; then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  else $(PYTHON) -m venv $(VENV); fi; }
+	@$(bin)/python -c '$(has_torch)' 2>/dev/null || { echo "installing $(TORCH)"; $(bin)/python -m pip install -q '$(TORCH)'; }
+	@echo 'installing lowp and what it is developed with'
+	@$(bin)/python -m pip install -q -e '.[hf,cli,dev]'
+	@touch $@
+
+demo: env
+	@$(bin)/python examples/demo.py
+
+lint: env
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+
+test: lint
+	$(bin)/python -m pytest $(ARGS)
+
+format: env
+	$(bin)/ruff check --fix-only .
+	$(bin)/ruff format .
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,40 @@
+"""What a file looks like: it opens with a page that teaches, its examples hold, and none is a drawer for odds and ends."""
+
+import ast
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "lowp"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def opens_with_a_page(text: str) -> bool:
+    return text.count("\n") <= 30 or bool(ast.get_docstring(ast.parse(text)))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_file_of_over_30_lines_opens_with_a_page(path: Path):
+    assert opens_with_a_page(path.read_text(encoding="utf-8"))
+
+
+def test_a_missing_page_is_seen():
+    assert not opens_with_a_page("x = 1\n" * 31)
+    assert opens_with_a_page('"""A page."""\n' + "x = 1\n" * 31)
+
+
+def test_no_drawer_for_odds_and_ends():
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+    assert [path for path in SOURCE.rglob("*") if path.stem in drawers] == []
+
+
+WITH_EXAMPLES = [path for path in FILES if ">>>" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_examples_in_docstrings_hold(path: Path):
+    name = ".".join(["lowp", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0 and result.failed == 0
