@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 SOURCE = Path(__file__).parents[2] / "src" / "lowp"
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -35,6 +36,13 @@ WITH_EXAMPLES = [path for path in FILES if ">>>" in path.read_text(encoding="utf
 
 @pytest.mark.parametrize("path", WITH_EXAMPLES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_examples_in_docstrings_hold(path: Path):
-    name = ".".join(["lowp", *path.relative_to(SOURCE).with_suffix("").parts]).removesuffix(".__init__")
-    result = doctest.testmod(importlib.import_module(name))
+    """An example may use its own module's names, torch, lowp, and what its room exports (numerics/x.py: lowp.numerics)."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    given = {
+        "torch": torch,
+        "lowp": importlib.import_module("lowp"),
+        **vars(importlib.import_module(f"lowp.{parts[0]}")),
+    }
+    module = importlib.import_module(".".join(["lowp", *parts]).removesuffix(".__init__"))
+    result = doctest.testmod(module, globs=given | vars(module))
     assert result.attempted > 0 and result.failed == 0
