@@ -18,7 +18,8 @@ def opens_with_a_page(text: str) -> bool:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_a_file_of_over_30_lines_opens_with_a_page(path: Path):
-    assert opens_with_a_page(path.read_text(encoding="utf-8"))
+    opens = opens_with_a_page(path.read_text(encoding="utf-8"))
+    assert opens, f"{path.name}: over 30 lines and no docstring at its top: say what, why, the equation, the source"
 
 
 def test_a_missing_page_is_seen():
