@@ -42,7 +42,7 @@ from .parts import Parts
 _TINY = torch.finfo(torch.float32).tiny  # 2**-126, the smallest normal float32: no scale is below it, none is zero
 _HALF_MAX = torch.finfo(torch.float16).max  # 65504
 _SHRINK = tuple(1.0 - 0.0125 * i for i in range(49))  # the mse rule tries ranges from 100 % down to 40 %
-_ZERO_POINT_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int32": torch.int32} | {
+ZERO_POINT_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int32": torch.int32} | {
     name: ELEMENTS[name].native for name in ("bf16", "fp16", "fp32")
 }
 
@@ -360,7 +360,7 @@ def _is_integer(fmt: Format) -> bool:
 
 
 def _store_zero_point(zero_point: Tensor, fmt: Format) -> Tensor:
-    return (zero_point.round() if _is_integer(fmt) else zero_point).to(_ZERO_POINT_DTYPES[str(fmt.zero_point)])
+    return (zero_point.round() if _is_integer(fmt) else zero_point).to(ZERO_POINT_DTYPES[str(fmt.zero_point)])
 
 
 def _mse_base(fmt: Format) -> Rule:
@@ -389,7 +389,7 @@ def _mse_grid(blocks: Tensor, fmt: Format, shape: torch.Size) -> _Grid:
 def _empty(x: Tensor, fmt: Format) -> Parts:
     scale = torch.ones(fmt.scale_shape(tuple(x.shape)), device=x.device)
     stored = _store(scale, fmt) if scale.numel() else _Stored(scale=scale, value=scale)
-    zero_point = torch.zeros_like(scale).to(_ZERO_POINT_DTYPES[fmt.zero_point]) if fmt.zero_point else None
+    zero_point = torch.zeros_like(scale).to(ZERO_POINT_DTYPES[fmt.zero_point]) if fmt.zero_point else None
     return Parts(
         qdata=torch.empty(x.shape, dtype=fmt.element.dtype, device=x.device),
         scale=stored.scale,

@@ -1,0 +1,39 @@
+"""int8 weight-only on the CPU: `torch._weight_int8pack_mm`, which reads int8 rows and one scale for each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...layouts import Spec
+from ...layouts.base import Packed
+from ...ops.registry import Case, Kernel
+
+
+def _why_not(case: Case) -> str:
+    weight = case.weight
+    if case.act is not None:
+        return f"wants a weight-only scheme, got {case.scheme}"
+    if str(weight).split("*")[0] != "int8/row" or weight.zero_point or weight.nested or weight.scale == "e8m0":
+        return f"wants int8/row, got {weight}"
+    if case.device != "cpu":
+        return f"wants cpu, got {case.device}"
+    if len(case.shape) != 2 or case.shape[-1] % 16 or case.shape[-2] % 16:
+        return f"wants a matrix with N and K in multiples of 16, got {case.shape}"
+    if case.dtype not in ("bfloat16", "float16", "float32"):
+        return f"wants bfloat16, float16 or float32 activations, got {case.dtype}"
+    return ""
+
+
+def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
+    x = x_MK if "act_pre_scale" not in packed else x_MK * packed["act_pre_scale"].to(x_MK.dtype)
+    y_MN = torch._weight_int8pack_mm(x.contiguous(), packed["qdata"], packed["scale"].view(-1).to(x.dtype))
+    return y_MN if bias is None else y_MN + bias.to(y_MN.dtype)
+
+
+KERNELS = (
+    Kernel(
+        op="linear", name="int8pack_cpu", rank=300, layout="plain", why_not=_why_not, run=_run, about="torch._weight_int8pack_mm",
+        cases=("int8/row", "int8/row*bf16"),
+    ),
+)  # fmt: skip

@@ -1,0 +1,12 @@
+"""Floor 2: compute. Plain tensors in, plain tensors out.
+
+An op is one file here: its contract and its reference, the meaning of the op in a few lines of torch. A kernel is one file
+under `kernels/`: it says which cases it can run and runs them. `pick` chooses, by what is fixed when a graph is traced.
+"""
+
+from .embedding import embedding
+from .linear import linear
+from .matmul import matmul
+from .registry import Case, Kernel, best_layout, explain, kernels_of, pick, strict
+
+__all__ = ["Case", "Kernel", "best_layout", "embedding", "explain", "kernels_of", "linear", "matmul", "pick", "strict"]

@@ -1,0 +1,66 @@
+"""linear: y = x W^T + b with a quantized weight, and an activation that may be quantized on the way in.
+
+    y_MN = act_quantize(x_MK * act_pre_scale_K) @ ((qdata_NK - zero_point) * scale).T + bias_N
+
+That line is the reference, for every format. Without an activation format act_quantize is the identity; with one it is
+quantize then dequantize, each token's scale taken from the token itself (dynamic) or from `act_scale` (static).
+
+Legend: M tokens, N output channels, K input channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layouts import Spec, layout_of
+from ..layouts.base import Packed
+from ..numerics import Format, Parts, dequantize, quantize
+from ..numerics.math import quantize_given
+from .registry import case_of, pick
+
+
+def linear(x: Tensor, packed: Packed, spec: Spec, bias: Tensor | None = None) -> Tensor:
+    """Linear layer with a packed weight.
+
+    Args:
+        x: (..., K), any float dtype. packed, spec: the weight (N, K). bias: (N,) or None.
+
+    Returns:
+        (..., N), in x's dtype.
+
+    Raises:
+        KernelError: in strict mode, where only a fallback can run.
+    """
+    kernel = pick(case_of("linear", x, packed, spec))
+    y = kernel.run(x.reshape(-1, x.shape[-1]), packed, spec, bias)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def quantize_act(x_MK: Tensor, act: Format, act_scale: Tensor | None = None) -> Parts:
+    """The activation's parts: dynamic, or with the static scale that a calibration found."""
+    if act_scale is None:
+        return quantize(x_MK, act)
+    return quantize_given(x_MK, act, act_scale.expand(act.scale_shape(tuple(x_MK.shape))))
+
+
+def act_values(x_MK: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """What the matrix product sees of the activation: pre-scaled, quantized and dequantized."""
+    x = x_MK.to(dtype)
+    if "act_pre_scale" in packed:
+        x = x * packed["act_pre_scale"].to(dtype)
+    if spec.act is None:
+        return x
+    return dequantize(quantize_act(x, spec.act, packed.get("act_scale")), spec.act, dtype)
+
+
+def weight_values(packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """The weight's values (..., N, K), whatever its layout."""
+    return dequantize(layout_of(spec.layout).unpack(packed, spec), spec.weight, dtype)
+
+
+def reference(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The meaning of linear, for every format, layout and device; `dtype` is what it computes in."""
+    y_MN = act_values(x_MK, packed, spec, dtype) @ weight_values(packed, spec, dtype).mT
+    y_MN = y_MN if bias is None else y_MN + bias.to(dtype)
+    return y_MN.to(x_MK.dtype)
