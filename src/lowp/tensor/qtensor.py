@@ -1,0 +1,218 @@
+"""QTensor: a quantized tensor that torch takes for a float one.
+
+It has the shape and dtype of the float tensor that it stands for, and holds packed plain tensors beside strings and sizes:
+
+    scheme   "int4/1x128*bf16@int8/row"     how to read the numbers          (floor 0)
+    layout   "plain"                        where the bytes lie              (floor 1)
+    shape as quantized (..., N, K), and whether the last two axes are shown swapped
+
+What an operation means for it is written in `rules.py`, once for all formats. What has no rule is an error; nothing is
+turned back into floats behind the user's back. Because the metadata is strings and sizes only, torch.save needs one safe
+global and torch.compile sees through it (`__tensor_flatten__`).
+
+Source of the mechanism: torch's wrapper subclasses, https://docs.pytorch.org/docs/stable/notes/extending.html
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MisfitError, TensorRuleError
+from ..layouts import Spec, layout_of
+from ..layouts.base import Packed
+from ..numerics import Format, Parts, Scheme, dequantize, quantize
+
+Rule = Callable[..., Any]
+RULES: dict[Any, Rule] = {}
+
+
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape with its last two axes exchanged."""
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+class QTensor(Tensor):
+    """A tensor in low precision: the one class for every format.
+
+    Args:
+        packed: the packed tensors by name, as the layout gives them.
+        spec: scheme, layout and shape as quantized.
+        dtype: the float dtype that it stands for, that of `dequantize()` and of results.
+        shape: the shape shown; spec.shape if absent. Any other shape of as many elements is a lazy view.
+        transposed: show the last two axes swapped.
+
+    Use `QTensor.quantize(weight, "int4/1x128*bf16")` or `lowp.quantize_` rather than this constructor.
+
+    >>> weight = QTensor.quantize(torch.randn(8, 64), "int8/row")
+    >>> torch.nn.functional.linear(torch.randn(2, 64), weight).shape
+    torch.Size([2, 8])
+    """
+
+    spec: Spec
+    transposed: bool
+    shared_names: frozenset[str] = frozenset()  # of a view: packed tensors that belong to the rest of the parent too
+    _names: tuple[str, ...]
+
+    @staticmethod
+    def __new__(
+        cls: type[QTensor], packed: Packed, spec: Spec, *, dtype: torch.dtype, shape: tuple[int, ...] | None = None, transposed: bool = False
+    ) -> QTensor:
+        shown = tuple(shape if shape is not None else swapped(spec.shape) if transposed else spec.shape)
+        strides = _contiguous_strides(swapped(shown) if transposed else shown)
+        strides = swapped(strides) if transposed else strides
+        self = torch.Tensor._make_wrapper_subclass(cls, shown, strides=strides, dtype=dtype, device=packed["qdata"].device, requires_grad=False)
+        self.spec = spec
+        self.transposed = transposed
+        self._names = tuple(packed)
+        for name, tensor in packed.items():
+            setattr(self, name, tensor)
+        return self
+
+    # The arguments belong to __new__; nothing is left to do.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    # -- making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def quantize(cls, x: Tensor, scheme: str, *, layout: str = "plain") -> QTensor:
+        """Quantize a float tensor by the format's own rule.
+
+        Args:
+            x: (..., N, K) or (K,), floating point. scheme: spelling or preset. layout: where the bytes go.
+
+        Raises:
+            SpellingError, MisfitError: an unknown scheme; blocks that do not divide the shape.
+        """
+        parsed = Scheme.parse(scheme)
+        return cls.from_parts(quantize(x.detach(), parsed.weight), str(parsed), dtype=x.dtype).to_layout(layout)
+
+    @classmethod
+    def from_parts(cls, parts: Parts, scheme: str, *, dtype: torch.dtype, layout: str = "plain") -> QTensor:
+        """Wrap parts that were computed elsewhere (HQQ, GPTQ, a foreign checkpoint). dtype: the float dtype to stand for."""
+        spec = Spec(scheme=str(Scheme.parse(scheme)), layout="plain", shape=tuple(parts.qdata.shape))
+        return cls(layout_of("plain").pack(parts, spec), spec, dtype=dtype).to_layout(layout)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    @property
+    def scheme(self) -> str:
+        """Spelling of the weight's format and, after "@", the activation's."""
+        return self.spec.scheme
+
+    @property
+    def format(self) -> Format:
+        """The weight's format."""
+        return self.spec.weight
+
+    @property
+    def packed(self) -> Packed:
+        """The packed tensors by name."""
+        return {name: getattr(self, name) for name in self._names}
+
+    @property
+    def is_lazy_view(self) -> bool:
+        """True where the shape shown is not the one that was quantized: kernels then read it through floats."""
+        return tuple(self.shape) != (swapped(self.spec.shape) if self.transposed else self.spec.shape)
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of all packed tensors: what it really occupies."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.packed.values())
+
+    def parts(self) -> Parts:
+        """The unpacked parts, in the shape that was quantized."""
+        return layout_of(self.spec.layout).unpack(self.packed, self.spec)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The values as a plain tensor of the shape shown, in `dtype` (its own if absent)."""
+        values = dequantize(self.parts(), self.format, dtype or self.dtype)
+        if self.transposed:
+            return values.mT
+        return values.reshape(self.shape)
+
+    # -- changing what it is, never what it says ----------------------------------------------------------------------
+
+    def to_layout(self, layout: str) -> QTensor:
+        """The same numbers in another layout.
+
+        Raises:
+            MisfitError: that layout cannot hold this format, shape or device.
+        """
+        if layout == self.spec.layout:
+            return self
+        target = layout_of(layout)
+        reason = target.why_not(self.format, self.spec.shape, self.device.type)
+        if target.device and target.device != self.device.type:
+            reason = f"wants a {target.device} device, got {self.device.type}"
+        if reason:
+            raise MisfitError(f"layout {layout} cannot hold {self.spec.scheme} {tuple(self.spec.shape)}: {reason}")
+        spec = self.spec.with_layout(layout)
+        return self.like(target.pack(self.parts(), spec), spec)
+
+    def like(self, packed: Packed, spec: Spec | None = None, *, dtype: torch.dtype | None = None) -> QTensor:
+        """A QTensor of the same shape and view with other packed tensors."""
+        other = QTensor(packed, spec or self.spec, dtype=dtype or self.dtype, shape=tuple(self.shape), transposed=self.transposed)
+        other.shared_names = self.shared_names
+        return other
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QTensor:
+        """A QTensor of the same shape, with `function` applied to each packed tensor."""
+        return self.like({name: function(tensor) for name, tensor in self.packed.items()})
+
+    # -- what torch asks ----------------------------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        return list(self._names), (self.spec.scheme, self.spec.layout, self.spec.shape, self.dtype, self.transposed)
+
+    @staticmethod
+    def __tensor_unflatten__(packed: Packed, context: tuple[Any, ...], outer_size: Any, outer_stride: Any) -> QTensor:
+        scheme, layout, shape, dtype, transposed = context
+        spec = Spec(scheme=scheme, layout=layout, shape=tuple(shape))
+        return QTensor(dict(packed), spec, dtype=dtype, shape=tuple(outer_size), transposed=transposed)
+
+    # Functions decompose into aten operators first; dynamo has nothing of ours to trace.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = RULES.get(func)
+        if rule is None:
+            raise TensorRuleError(
+                f"{func} has no rule for a quantized tensor ({_describe(args)}): call .dequantize() on it first if floats are what you want."
+            )
+        return rule(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.packed, self.spec.scheme, self.spec.layout, self.spec.shape, self.dtype, tuple(self.shape), self.transposed)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"QTensor({self.spec.scheme}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, layout={self.spec.layout})"
+
+
+def _rebuild(
+    packed: Packed, scheme: str, layout: str, base_shape: tuple[int, ...], dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
+) -> QTensor:
+    """What torch.load calls: the one function to allow besides torch's own."""
+    spec = Spec(scheme=scheme, layout=layout, shape=tuple(base_shape))
+    return QTensor(dict(packed), spec, dtype=dtype, shape=tuple(shape), transposed=transposed)
+
+
+torch.serialization.add_safe_globals([_rebuild, QTensor])
+
+
+def _describe(args: Any) -> str:
+    found = [arg for arg in args if isinstance(arg, QTensor)] if isinstance(args, (tuple, list)) else []
+    return repr(found[0]) if found else "in a list"
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step = step * max(size, 1) if isinstance(size, int) else step * size
+    return tuple(reversed(strides))
