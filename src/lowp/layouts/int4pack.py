@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..numerics import Format, Parts
-from ..numerics.bits import pack_bits, unpack_bits
+from ..numerics.bits import unpack_bits
 from .base import Layout, Packed, Spec
 
 _GROUPS = (32, 64, 128, 256)
@@ -50,7 +50,9 @@ class _Tiles:
     dtype: torch.dtype
 
 
-_CPU = _Tiles(device="cpu", rows=64, columns=32, pack=_pack_cpu, packed_shape=lambda n, k: (n, k // 2), dtype=torch.uint8)
+_CPU = _Tiles(
+    device="cpu", rows=64, columns=32, pack=_pack_cpu, packed_shape=lambda n, k: (n, k // 2), dtype=torch.uint8
+)
 _CUDA = _Tiles(
     device="cuda", rows=8, columns=16 * _INNER_K_TILES, pack=_pack_cuda, dtype=torch.int32,
     packed_shape=lambda n, k: (n // 8, k // (16 * _INNER_K_TILES), 32, _INNER_K_TILES // 2),
@@ -65,13 +67,19 @@ def _order(tiles: _Tiles) -> tuple[int, ...]:
         found = torch.zeros(index.numel(), dtype=torch.int64, device=tiles.device)
         for digit in range(3):  # 16**3 = 4096 codes and more
             codes = ((index >> (4 * digit)) & 15).to(torch.uint8)
-            found += unpack_bits(tiles.pack(codes).contiguous().view(torch.uint8).flatten(), 4, index.numel()).to(torch.int64) << (4 * digit)
+            found += unpack_bits(tiles.pack(codes).contiguous().view(torch.uint8).flatten(), 4, index.numel()).to(
+                torch.int64
+            ) << (4 * digit)
         return tuple(found.tolist())
 
 
 def _to_tiles(codes_NK: Tensor, tiles: _Tiles) -> Tensor:
     rows, columns = codes_NK.shape
-    return codes_NK.view(rows // tiles.rows, tiles.rows, columns // tiles.columns, tiles.columns).transpose(1, 2).flatten(2)
+    return (
+        codes_NK.view(rows // tiles.rows, tiles.rows, columns // tiles.columns, tiles.columns)
+        .transpose(1, 2)
+        .flatten(2)
+    )
 
 
 def _unpack_codes(packed: Tensor, shape: tuple[int, ...], tiles: _Tiles) -> Tensor:
@@ -87,7 +95,11 @@ def _unpack_codes(packed: Tensor, shape: tuple[int, ...], tiles: _Tiles) -> Tens
 def _pack(parts: Parts, spec: Spec, tiles: _Tiles) -> Packed:
     scale = parts.scale
     assert scale is not None
-    zero = torch.zeros_like(scale) if parts.zero_point is None else (-parts.zero_point.float() * scale.float()).to(scale.dtype)
+    zero = (
+        torch.zeros_like(scale)
+        if parts.zero_point is None
+        else (-parts.zero_point.float() * scale.float()).to(scale.dtype)
+    )
     packed = {
         "qdata": tiles.pack((parts.qdata + 8).to(torch.uint8)),
         "scale_and_zero": torch.stack((scale.t(), zero.t()), dim=-1).contiguous(),
@@ -98,7 +110,9 @@ def _pack(parts: Parts, spec: Spec, tiles: _Tiles) -> Packed:
 def _unpack(packed: Packed, spec: Spec, tiles: _Tiles) -> Parts:
     kept = {name: tensor for name, tensor in packed.items() if name != "scale_and_zero"}
     codes = _unpack_codes(packed["qdata"], spec.shape, tiles)
-    return Parts.of(kept | {"qdata": codes.view(torch.int8) - 8, "scale": packed["scale_and_zero"][..., 0].t().contiguous()})
+    return Parts.of(
+        kept | {"qdata": codes.view(torch.int8) - 8, "scale": packed["scale_and_zero"][..., 0].t().contiguous()}
+    )
 
 
 def _why_not(fmt: Format, shape: tuple[int, ...], device: str, tiles: _Tiles) -> str:

@@ -78,7 +78,8 @@ def _cut_one(name: str, tensor: Tensor, spec: Spec, axis: int, start: int, stop:
         return tensor
     if start % step or stop % step:
         raise MisfitError(
-            f"a cut [{start}:{stop}] of axis {axis} splits a block of {spec.weight}, which holds {step} along it: cut at multiples of {step}."
+            f"a cut [{start}:{stop}] of axis {axis} splits a block of {spec.weight}, "
+            f"which holds {step} along it: cut at multiples of {step}."
         )
     return tensor.narrow(axis, start // step, (stop - start) // step)
 
@@ -88,7 +89,9 @@ def _bytes_of(start: int, stop: int, spec: Spec) -> tuple[int, int]:
     if bits >= 8:
         return start, stop
     if start * bits % 8 or (stop * bits % 8 and stop != spec.shape[-1]):
-        raise MisfitError(f"a cut [{start}:{stop}] of the last axis splits a byte of {spec.weight}: cut at multiples of 8.")
+        raise MisfitError(
+            f"a cut [{start}:{stop}] of the last axis splits a byte of {spec.weight}: cut at multiples of 8."
+        )
     return start * bits // 8, packed_columns(stop, bits)
 
 
@@ -114,5 +117,11 @@ def _why_not(fmt: Format, shape: tuple[int, ...], device: str) -> str:
 
 
 LAYOUTS = (
-    Layout(name="plain", about="each part by its name, codes packed at their true width along K", pack=_pack, unpack=_unpack, why_not=_why_not),
+    Layout(
+        name="plain",
+        about="each part by its name, codes packed at their true width along K",
+        pack=_pack,
+        unpack=_unpack,
+        why_not=_why_not,
+    ),
 )

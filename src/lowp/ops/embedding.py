@@ -1,6 +1,6 @@
 """embedding: rows of a quantized table, dequantized.
 
-    y = ((qdata[ids] - zero_point) * scale)          only the rows that are asked for are decoded, where the layout allows
+y = ((qdata[ids] - zero_point) * scale)          only the rows that are asked for are decoded, where the layout allows
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ def weight_values(packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
     return dequantize(layout_of(spec.layout).unpack(packed, spec), spec.weight, dtype)
 
 
-def reference(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def reference(
+    x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The meaning of linear, for every format, layout and device; `dtype` is what it computes in."""
     y_MN = act_values(x_MK, packed, spec, dtype) @ weight_values(packed, spec, dtype).mT
     y_MN = y_MN if bias is None else y_MN + bias.to(dtype)

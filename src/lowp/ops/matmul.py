@@ -28,7 +28,9 @@ def matmul(x: Tensor, packed: Packed, spec: Spec, *, transposed: bool = False) -
     return pick(case_of("matmul", x, packed, spec)).run(x, packed, spec, transposed)
 
 
-def reference(x: Tensor, packed: Packed, spec: Spec, transposed: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+def reference(
+    x: Tensor, packed: Packed, spec: Spec, transposed: bool = False, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The meaning of matmul; `dtype` is what it computes in."""
     weight = weight_values(packed, spec, dtype)
     return (x.to(dtype) @ (weight.mT if transposed else weight)).to(x.dtype)

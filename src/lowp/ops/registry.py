@@ -131,7 +131,11 @@ def _load(name: str, package: object) -> tuple[Kernel, ...]:
         def refuse(*args: object, **kwargs: object) -> Tensor:
             raise KernelError(f"{name}: {reason}")
 
-        return (Kernel(op=op, name=name.rpartition(".")[2], rank=0, layout="plain", why_not=lambda case: reason, run=refuse),)
+        return (
+            Kernel(
+                op=op, name=name.rpartition(".")[2], rank=0, layout="plain", why_not=lambda case: reason, run=refuse
+            ),
+        )
 
 
 def case_of(op: str, x: Tensor, packed: Packed, spec: Spec) -> Case:
@@ -142,7 +146,7 @@ def case_of(op: str, x: Tensor, packed: Packed, spec: Spec) -> Case:
         scheme=spec.scheme,
         layout=spec.layout,
         device=device.type,
-        sm=_sm(device.type, device.index),
+        sm=device_capability(device.type, device.index),
         dtype=str(x.dtype if x.is_floating_point() else torch.float32).removeprefix("torch."),
         shape=spec.shape,
         extras=tuple(name for name in ("act_pre_scale", "act_scale") if name in packed),
@@ -150,7 +154,8 @@ def case_of(op: str, x: Tensor, packed: Packed, spec: Spec) -> Case:
 
 
 @functools.cache
-def _sm(device: str, index: int | None) -> int:
+def device_capability(device: str, index: int | None) -> int:
+    """Compute capability times ten of a CUDA device (90 for Hopper), 0 elsewhere."""
     if device != "cuda" or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(index)
@@ -182,11 +187,14 @@ def pick(case: Case, *, strict: bool = False) -> Kernel:
     """
     kernel = _pick(case)
     if kernel is None or (kernel.fallback and (strict or _STRICT.get())):
-        reasons = "; ".join(f"{v.kernel.name}: {v.why_not}" for v in verdicts(case) if v.why_not) or "no kernel is written for it"
+        reasons = (
+            "; ".join(f"{v.kernel.name}: {v.why_not}" for v in verdicts(case) if v.why_not)
+            or "no kernel is written for it"
+        )
         wanted = "a fast kernel" if kernel else "a kernel"
         raise KernelError(
-            f"strict mode wants {wanted} for {case.op} {case.scheme} {case.shape} on {case.device} in layout {case.layout}, got none ({reasons}). "
-            "Choose another scheme, or leave strict mode to run the fallback."
+            f"strict mode wants {wanted} for {case.op} {case.scheme} {case.shape} on {case.device} "
+            f"in layout {case.layout}, got none ({reasons}). Choose another scheme, or leave strict mode to run the fallback."
         )
     return kernel
 
@@ -211,7 +219,14 @@ def _layout_reason(kernel: Kernel, case: Case) -> str:
     return f"wants the layout {kernel.layout}, got {case.layout}"
 
 
-def explain(op: str, scheme: str, *, device: str = "cpu", dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = (4096, 4096)) -> list[Verdict]:
+def explain(
+    op: str,
+    scheme: str,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    shape: tuple[int, ...] = (4096, 4096),
+) -> list[Verdict]:
     """Every kernel for a case, each asked in the layout that it wants: "can run" or why not. The first that can is chosen.
 
     >>> [verdict.kernel.name for verdict in explain("linear", "int4/1x128*bf16") if not verdict.why_not][-1]
@@ -222,7 +237,7 @@ def explain(op: str, scheme: str, *, device: str = "cpu", dtype: torch.dtype = t
         op=op,
         scheme=str(Scheme.parse(scheme)),
         device=target.type,
-        sm=_sm(target.type, target.index),
+        sm=device_capability(target.type, target.index),
         dtype=str(dtype).removeprefix("torch."),
         shape=tuple(shape),
     )
@@ -241,7 +256,9 @@ def why_not_from_plain(kernel: Kernel, case: Case) -> str:
         return f"wants the layout {name}, which this installation lacks"
     if layout.device and layout.device != case.device:
         return f"wants a {layout.device} device, got {case.device}"
-    return layout.why_not(case.weight, case.shape, case.device) or kernel.why_not(dataclasses.replace(case, layout=name))
+    return layout.why_not(case.weight, case.shape, case.device) or kernel.why_not(
+        dataclasses.replace(case, layout=name)
+    )
 
 
 def best_layout(ops: tuple[str, ...], case: Case) -> tuple[str, tuple[Kernel, ...], str]:
@@ -259,7 +276,11 @@ def best_layout(ops: tuple[str, ...], case: Case) -> tuple[str, tuple[Kernel, ..
             kernels = tuple(kernel for kernel in chosen if kernel is not None)
             return layout, kernels, ", ".join(f"{kernel.op} by {kernel.name}" for kernel in kernels)
     kernels = tuple(pick(dataclasses.replace(case, op=op, layout="plain")) for op in ops)
-    return "plain", kernels, ", ".join(f"{kernel.op} by {kernel.name}{' (fallback)' if kernel.fallback else ''}" for kernel in kernels)
+    return (
+        "plain",
+        kernels,
+        ", ".join(f"{kernel.op} by {kernel.name}{' (fallback)' if kernel.fallback else ''}" for kernel in kernels),
+    )
 
 
 def _first(op: str, case: Case) -> Kernel | None:

@@ -59,12 +59,20 @@ class QTensor(Tensor):
 
     @staticmethod
     def __new__(
-        cls: type[QTensor], packed: Packed, spec: Spec, *, dtype: torch.dtype, shape: tuple[int, ...] | None = None, transposed: bool = False
+        cls: type[QTensor],
+        packed: Packed,
+        spec: Spec,
+        *,
+        dtype: torch.dtype,
+        shape: tuple[int, ...] | None = None,
+        transposed: bool = False,
     ) -> QTensor:
         shown = tuple(shape if shape is not None else swapped(spec.shape) if transposed else spec.shape)
         strides = _contiguous_strides(swapped(shown) if transposed else shown)
         strides = swapped(strides) if transposed else strides
-        self = torch.Tensor._make_wrapper_subclass(cls, shown, strides=strides, dtype=dtype, device=packed["qdata"].device, requires_grad=False)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shown, strides=strides, dtype=dtype, device=packed["qdata"].device, requires_grad=False
+        )
         self.spec = spec
         self.transposed = transposed
         self._names = tuple(packed)
@@ -156,7 +164,9 @@ class QTensor(Tensor):
 
     def like(self, packed: Packed, spec: Spec | None = None, *, dtype: torch.dtype | None = None) -> QTensor:
         """A QTensor of the same shape and view with other packed tensors."""
-        other = QTensor(packed, spec or self.spec, dtype=dtype or self.dtype, shape=tuple(self.shape), transposed=self.transposed)
+        other = QTensor(
+            packed, spec or self.spec, dtype=dtype or self.dtype, shape=tuple(self.shape), transposed=self.transposed
+        )
         other.shared_names = self.shared_names
         return other
 
@@ -176,26 +186,42 @@ class QTensor(Tensor):
         return QTensor(dict(packed), spec, dtype=dtype, shape=tuple(outer_size), transposed=transposed)
 
     # Functions decompose into aten operators first; dynamo has nothing of ours to trace.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         rule = RULES.get(func)
         if rule is None:
             raise TensorRuleError(
-                f"{func} has no rule for a quantized tensor ({_describe(args)}): call .dequantize() on it first if floats are what you want."
+                f"{func} has no rule for a quantized tensor ({_describe(args)}): "
+                "call .dequantize() on it first if floats are what you want."
             )
         return rule(func, args, kwargs or {})
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.packed, self.spec.scheme, self.spec.layout, self.spec.shape, self.dtype, tuple(self.shape), self.transposed)
+        return _rebuild, (
+            self.packed,
+            self.spec.scheme,
+            self.spec.layout,
+            self.spec.shape,
+            self.dtype,
+            tuple(self.shape),
+            self.transposed,
+        )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"QTensor({self.spec.scheme}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, layout={self.spec.layout})"
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        where = f"dtype={self.dtype}, device={self.device}, layout={self.spec.layout}"
+        return f"QTensor({self.spec.scheme}, shape={tuple(self.shape)}, {where})"
 
 
 def _rebuild(
-    packed: Packed, scheme: str, layout: str, base_shape: tuple[int, ...], dtype: torch.dtype, shape: tuple[int, ...], transposed: bool
+    packed: Packed,
+    scheme: str,
+    layout: str,
+    base_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    transposed: bool,
 ) -> QTensor:
     """What torch.load calls: the one function to allow besides torch's own."""
     spec = Spec(scheme=scheme, layout=layout, shape=tuple(base_shape))

@@ -21,8 +21,10 @@ from ..errors import MisfitError, TensorRuleError
 from ..layouts import Spec, layout_of
 from ..layouts.plain import cut, tensor_shapes
 from ..numerics import Format, quantize
-from ..ops import embedding, linear, matmul
-from .qtensor import RULES, QTensor, swapped
+from ..ops.embedding import embedding
+from ..ops.linear import linear
+from ..ops.matmul import matmul
+from .qtensor import RULES, QTensor
 
 aten = torch.ops.aten
 
@@ -78,7 +80,9 @@ def _record_stream(func: Any, args: Any, kwargs: Any) -> None:
 def _equal(func: Any, args: Any, kwargs: Any) -> bool:
     a, b = args[:2]
     if not (isinstance(a, QTensor) and isinstance(b, QTensor)) or a.spec != b.spec or a.shape != b.shape:
-        raise TensorRuleError(f"equal wants two quantized tensors of one scheme and layout, got {a!r} and {b!r}: compare .dequantize() instead.")
+        raise TensorRuleError(
+            f"equal wants two quantized tensors of one scheme and layout, got {a!r} and {b!r}: compare .dequantize() instead."
+        )
     return all(torch.equal(_bytes(x), _bytes(y)) for x, y in zip(a.packed.values(), b.packed.values(), strict=True))
 
 
@@ -91,13 +95,17 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> QTensor | Tensor:
     x: QTensor = args[0]
     dtype, device = kwargs.get("dtype") or x.dtype, kwargs.get("device")
     if not dtype.is_floating_point:
-        raise TensorRuleError(f"a quantized tensor stands for a float dtype, got .to({dtype}): read .packed for its codes.")
+        raise TensorRuleError(
+            f"a quantized tensor stands for a float dtype, got .to({dtype}): read .packed for its codes."
+        )
     if device is None or torch.device(device) == x.device:
         return x.map(torch.clone).like(x.map(torch.clone).packed, dtype=dtype)
     bound = layout_of(x.spec.layout).device
     if bound and bound != torch.device(device).type:
         x = x.to_layout("plain")
-    moved = {name: tensor.to(device, non_blocking=kwargs.get("non_blocking", False)) for name, tensor in x.packed.items()}
+    moved = {
+        name: tensor.to(device, non_blocking=kwargs.get("non_blocking", False)) for name, tensor in x.packed.items()
+    }
     return x.like(moved, dtype=dtype)
 
 
@@ -107,7 +115,9 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> QTensor | Tensor:
 def _axis(x: QTensor, dim: int) -> int:
     """The axis of the shape as quantized that the shown axis `dim` is, counted from the end."""
     if x.is_lazy_view:
-        raise TensorRuleError(f"{x!r} is a lazy view of {x.spec.shape}: cut it in that shape, or call .dequantize() first.")
+        raise TensorRuleError(
+            f"{x!r} is a lazy view of {x.spec.shape}: cut it in that shape, or call .dequantize() first."
+        )
     axis = dim % x.dim() - x.dim()
     return {-1: -2, -2: -1}.get(axis, axis) if x.transposed else axis
 
@@ -115,7 +125,8 @@ def _axis(x: QTensor, dim: int) -> int:
 def _plain(x: QTensor, what: str) -> None:
     if x.spec.layout != "plain":
         raise TensorRuleError(
-            f"{what} wants the layout plain, which can be cut in place, got {x.spec.layout}: call .to_layout('plain') first, or dequantize()."
+            f"{what} wants the layout plain, which can be cut in place, got {x.spec.layout}: "
+            "call .to_layout('plain') first, or dequantize()."
         )
 
 
@@ -131,17 +142,21 @@ def _narrow(x: QTensor, dim: int, start: int, stop: int) -> QTensor:
     shape[axis] = stop - start
     packed = cut(x.packed, x.spec, axis, start, stop)
     view = QTensor(packed, x.spec.with_shape(tuple(shape)), dtype=x.dtype, transposed=x.transposed)
-    view.shared_names = x.shared_names | {name for name, tensor in packed.items() if tensor is x.packed[name] and name != "qdata"}
+    view.shared_names = x.shared_names | {
+        name for name, tensor in packed.items() if tensor is x.packed[name] and name != "qdata"
+    }
     return view
 
 
 @rule(aten.slice.Tensor)
 def _slice(func: Any, args: Any, kwargs: Any) -> QTensor:
-    x, dim, start, stop, step = (*args, *(0, None, None, 1)[len(args) - 1 :])
+    return _slice_of(*args, **kwargs)
+
+
+def _slice_of(x: QTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> QTensor:
     if step != 1:
         raise TensorRuleError(f"a slice of a quantized tensor wants step 1, got {step}: call .dequantize() first.")
-    size = x.shape[dim]
-    return _narrow(x, dim, 0 if start is None else start, size if stop is None else min(stop, size))
+    return _narrow(x, dim, 0 if start is None else start, x.shape[dim] if end is None else min(end, x.shape[dim]))
 
 
 @rule(aten.narrow.default)
@@ -181,7 +196,13 @@ def _is_shared(name: str) -> bool:
     return name in ("act_scale", "act_pre_scale")  # they belong to the activation and have no batch axes
 
 
-@rule(aten.t.default, aten.transpose.int, aten.permute.default, aten.mT.default if hasattr(aten, "mT") else aten.t.default, aten.numpy_T.default)
+@rule(
+    aten.t.default,
+    aten.transpose.int,
+    aten.permute.default,
+    aten.mT.default if hasattr(aten, "mT") else aten.t.default,
+    aten.numpy_T.default,
+)
 def _transpose(func: Any, args: Any, kwargs: Any) -> QTensor:
     x, rank = args[0], args[0].dim()
     order = list(range(rank))
@@ -195,7 +216,9 @@ def _transpose(func: Any, args: Any, kwargs: Any) -> QTensor:
     if order == list(range(rank)):
         return x.like(x.packed)
     if order != [*range(rank - 2), rank - 1, rank - 2] or x.is_lazy_view:
-        raise TensorRuleError(f"{func} on {x!r}: only the last two axes can be swapped in place; call .dequantize() first.")
+        raise TensorRuleError(
+            f"{func} on {x!r}: only the last two axes can be swapped in place; call .dequantize() first."
+        )
     return QTensor(x.packed, x.spec, dtype=x.dtype, transposed=not x.transposed)
 
 
@@ -209,13 +232,17 @@ def _reshape(x: QTensor, shape: Sequence[int]) -> QTensor:
     if new == tuple(x.shape):
         return x.like(x.packed)
     if x.transposed:
-        raise TensorRuleError(f"view {new} of {x!r}: a transposed quantized tensor cannot be viewed; call .dequantize() first.")
+        raise TensorRuleError(
+            f"view {new} of {x!r}: a transposed quantized tensor cannot be viewed; call .dequantize() first."
+        )
     if new == x.spec.shape:
         return QTensor(x.packed, x.spec, dtype=x.dtype)
     if not x.is_lazy_view and x.spec.layout == "plain" and _rows_regroup(x.spec, new):
         lead = new[:-2] if x.spec.shape[-2:] == new[-2:] else new[:-1]
         packed = {
-            name: tensor if _is_shared(name) else tensor.view(*lead, *tensor.shape[len(tensor.shape) - (len(new) - len(lead)) :])
+            name: tensor
+            if _is_shared(name)
+            else tensor.view(*lead, *tensor.shape[len(tensor.shape) - (len(new) - len(lead)) :])
             for name, tensor in x.packed.items()
         }
         return QTensor(packed, x.spec.with_shape(new), dtype=x.dtype)
@@ -261,9 +288,18 @@ def _squeeze(func: Any, args: Any, kwargs: Any) -> QTensor:
 def _expand(func: Any, args: Any, kwargs: Any) -> QTensor:
     x, sizes = args[0], list(args[1])
     lead = len(sizes) - 2
-    if x.is_lazy_view or x.spec.layout != "plain" or lead < x.dim() - 2 or any(new not in (-1, old) for new, old in zip(sizes[lead:], x.shape[-2:], strict=True)):
-        raise TensorRuleError(f"expand {sizes} of {x!r}: only axes before the matrix can be expanded; call .dequantize() first.")
-    packed = {name: tensor if _is_shared(name) else tensor.expand(*sizes[:lead], -1, -1) for name, tensor in x.packed.items()}
+    if (
+        x.is_lazy_view
+        or x.spec.layout != "plain"
+        or lead < x.dim() - 2
+        or any(new not in (-1, old) for new, old in zip(sizes[lead:], x.shape[-2:], strict=True))
+    ):
+        raise TensorRuleError(
+            f"expand {sizes} of {x!r}: only axes before the matrix can be expanded; call .dequantize() first."
+        )
+    packed = {
+        name: tensor if _is_shared(name) else tensor.expand(*sizes[:lead], -1, -1) for name, tensor in x.packed.items()
+    }
     shape = (*packed["qdata"].shape[:-2], *x.spec.shape[-2:])
     return QTensor(packed, x.spec.with_shape(shape), dtype=x.dtype, transposed=x.transposed)
 
@@ -273,7 +309,9 @@ def _as_strided(func: Any, args: Any, kwargs: Any) -> QTensor:
     x, size, stride = args[:3]
     if tuple(size) == tuple(x.shape) and tuple(stride) == tuple(x.stride()) and not (args[3:] and args[3]):
         return x.like(x.packed)
-    raise TensorRuleError(f"as_strided {tuple(size)} of {x!r}: a quantized tensor has no strides of elements; call .dequantize() first.")
+    raise TensorRuleError(
+        f"as_strided {tuple(size)} of {x!r}: a quantized tensor has no strides of elements; call .dequantize() first."
+    )
 
 
 @rule(aten.cat.default)
@@ -283,7 +321,9 @@ def _cat(func: Any, args: Any, kwargs: Any) -> QTensor:
     first = next(x for x in tensors if isinstance(x, QTensor))
     for x in tensors:
         if not isinstance(x, QTensor) or x.spec.scheme != first.spec.scheme or x.transposed != first.transposed:
-            raise TensorRuleError(f"cat wants quantized tensors of one scheme, got {first!r} and {x!r}: dequantize() them first.")
+            raise TensorRuleError(
+                f"cat wants quantized tensors of one scheme, got {first!r} and {x!r}: dequantize() them first."
+            )
         _plain(x, "cat")
     axis = _axis(first, dim)
     shape = list(first.spec.shape)
@@ -295,11 +335,17 @@ def _cat(func: Any, args: Any, kwargs: Any) -> QTensor:
 
 
 def _cat_one(name: str, tensors: list[Tensor], axis: int, wanted: dict[str, Any]) -> Tensor:
-    if not _is_shared(name) and sum(t.shape[axis] for t in tensors) == wanted[name][0][axis] and tensors[0].shape[axis] != wanted[name][0][axis]:
+    if (
+        not _is_shared(name)
+        and sum(t.shape[axis] for t in tensors) == wanted[name][0][axis]
+        and tensors[0].shape[axis] != wanted[name][0][axis]
+    ):
         return torch.cat(tensors, dim=axis)
     if all(torch.equal(_bytes(t), _bytes(tensors[0])) for t in tensors[1:]):
         return tensors[0]  # one scale for all of them, and it is the same
-    raise MisfitError(f"cat along axis {axis} wants one {name} for all pieces, got different ones: quantize the concatenated floats instead.")
+    raise MisfitError(
+        f"cat along axis {axis} wants one {name} for all pieces, got different ones: quantize the concatenated floats instead."
+    )
 
 
 @rule(aten.stack.default)
@@ -330,7 +376,10 @@ def _new(func: Any, args: Any, kwargs: Any) -> QTensor:
         return _new(func, (x.t(),), kwargs).t()
     if x.transposed or "act_scale" in x.packed or "act_pre_scale" in x.packed:
         raise TensorRuleError(f"{func} of another shape or device from {x!r}: make it from the float tensor instead.")
-    packed = {name: torch.zeros(size, dtype=kind, device=device) for name, (size, kind) in tensor_shapes(x.format, shape).items()}
+    packed = {
+        name: torch.zeros(size, dtype=kind, device=device)
+        for name, (size, kind) in tensor_shapes(x.format, shape).items()
+    }
     if code := _zero_code(x.format):
         bits = x.format.element.bits
         packed["qdata"].fill_(code if bits == 8 else code << 4 | code)
@@ -350,13 +399,21 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
     if not isinstance(source, QTensor):
         fitting = source.mT if target.transposed else source
         if target.is_lazy_view:
-            raise TensorRuleError(f"copy_ of floats into {target!r}: it is a lazy view; copy into the shape {target.spec.shape}.")
+            raise TensorRuleError(
+                f"copy_ of floats into {target!r}: it is a lazy view; copy into the shape {target.spec.shape}."
+            )
         parts = quantize(fitting.expand(target.spec.shape).to(target.device), target.format)
         source = QTensor.from_parts(parts, target.spec.scheme, dtype=target.dtype)
         source = source.t() if target.transposed else source
-    if source.spec.scheme != target.spec.scheme or source.shape != target.shape or source.transposed != target.transposed:
+    if (
+        source.spec.scheme != target.spec.scheme
+        or source.shape != target.shape
+        or source.transposed != target.transposed
+    ):
         raise MisfitError(f"copy_ wants the same scheme and shape, got {source!r} into {target!r}.")
-    source = source if source.spec.layout == target.spec.layout else source.to_layout("plain").to_layout(target.spec.layout)
+    source = (
+        source if source.spec.layout == target.spec.layout else source.to_layout("plain").to_layout(target.spec.layout)
+    )
     if set(source.packed) != set(target.packed):
         raise MisfitError(f"copy_ wants the same tensors, got {list(source.packed)} into {list(target.packed)}.")
     for name in target.shared_names:
@@ -412,7 +469,12 @@ def _mm(func: Any, args: Any, kwargs: Any) -> Tensor:
 @rule(aten.addmm.default)
 def _addmm(func: Any, args: Any, kwargs: Any) -> Tensor:
     bias, x, w = args
-    if isinstance(w, QTensor) and not isinstance(x, QTensor) and kwargs.get("beta", 1) == 1 and kwargs.get("alpha", 1) == 1:
+    if (
+        isinstance(w, QTensor)
+        and not isinstance(x, QTensor)
+        and kwargs.get("beta", 1) == 1
+        and kwargs.get("alpha", 1) == 1
+    ):
         if _is_weight(w) and bias.dim() == 1:
             return linear(x, w.packed, w.spec, bias)
         return _times(x, w) + bias

@@ -34,4 +34,14 @@ def _by_row(name: str, spec: Spec) -> bool:
     return name in ("scale", "zero_point") and spec.weight.block != "tensor"
 
 
-KERNELS = (Kernel(op="embedding", name="gather", rank=500, layout="plain", why_not=_why_not, run=_run, about="packed rows, decoded after the look-up"),)
+KERNELS = (
+    Kernel(
+        op="embedding",
+        name="gather",
+        rank=500,
+        layout="plain",
+        why_not=_why_not,
+        run=_run,
+        about="packed rows, decoded after the look-up",
+    ),
+)

@@ -33,7 +33,13 @@ def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tenso
 
 KERNELS = (
     Kernel(
-        op="linear", name="int8pack_cpu", rank=300, layout="plain", why_not=_why_not, run=_run, about="torch._weight_int8pack_mm",
+        op="linear",
+        name="int8pack_cpu",
+        rank=300,
+        layout="plain",
+        why_not=_why_not,
+        run=_run,
+        about="torch._weight_int8pack_mm",
         cases=("int8/row", "int8/row*bf16"),
     ),
-)  # fmt: skip
+)

@@ -68,7 +68,13 @@ def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tenso
 
 KERNELS = (
     Kernel(
-        op="linear", name="int_mm", rank=200, layout="plain", why_not=_why_not, run=_run, about="torch._int_mm, activation quantized in torch",
+        op="linear",
+        name="int_mm",
+        rank=200,
+        layout="plain",
+        why_not=_why_not,
+        run=_run,
+        about="torch._int_mm, activation quantized in torch",
         cases=("int8/row@int8/row", "int8/row@int8/row+int8", "int8/tensor@int8/tensor", "int8/row*bf16@int8/row"),
     ),
-)  # fmt: skip
+)

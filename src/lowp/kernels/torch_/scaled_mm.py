@@ -15,7 +15,12 @@ from ...layouts.base import Packed
 from ...ops.linear import quantize_act
 from ...ops.registry import Case, Kernel
 
-_PAIRS = {("e4m3/row", "e4m3/row"), ("e4m3/tensor", "e4m3/tensor"), ("e4m3/tensor", "e5m2/tensor"), ("e5m2/tensor", "e4m3/tensor")}
+_PAIRS = {
+    ("e4m3/row", "e4m3/row"),
+    ("e4m3/tensor", "e4m3/tensor"),
+    ("e4m3/tensor", "e5m2/tensor"),
+    ("e5m2/tensor", "e4m3/tensor"),
+}
 
 
 def _why_not(case: Case) -> str:
@@ -44,14 +49,22 @@ def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tenso
     scale_a = parts.scale if by_row else parts.scale.reshape(())
     scale_b = packed["scale"].reshape(1, -1) if by_row else packed["scale"].reshape(())
     out_dtype = torch.bfloat16 if by_row else x_MK.dtype  # by row torch writes bfloat16 only
-    y_MN = torch._scaled_mm(parts.qdata, packed["qdata"].t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=True)
+    y_MN = torch._scaled_mm(
+        parts.qdata, packed["qdata"].t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=True
+    )
     y_MN = y_MN if bias is None else y_MN + bias.to(y_MN.dtype)
     return y_MN.to(x_MK.dtype)
 
 
 KERNELS = (
     Kernel(
-        op="linear", name="scaled_mm", rank=200, layout="plain", why_not=_why_not, run=_run, about="torch._scaled_mm, activation cast in torch",
+        op="linear",
+        name="scaled_mm",
+        rank=200,
+        layout="plain",
+        why_not=_why_not,
+        run=_run,
+        about="torch._scaled_mm, activation cast in torch",
         cases=("e4m3/row@e4m3/row", "e4m3/tensor@e4m3/tensor"),
     ),
-)  # fmt: skip
+)

@@ -1,0 +1,98 @@
+"""HQQ: half-quadratic quantization, a better zero point (or scale) without any data.
+
+Rounding to nearest minimises the squared error, but what hurts a model are the few large errors' effect on the many small
+weights. HQQ minimises a sparse error norm, p < 1, which lets outliers go and fits the rest:
+
+    minimise over z      || W - dequantize(quantize(W; s, z)) ||_p          p = 0.7
+
+A helper variable E, the part of the error that is allowed to be large, splits it into two steps that each have a closed form:
+
+    E <- shrink(W - W_r, beta)      sign(x) * max(|x| - |x|**(p-1) / beta, 0)       the generalised soft threshold
+    z <- mean over the block of  (Q - (W - E) / s)                                  with Q the codes
+    beta <- kappa * beta
+
+Without a zero point there is no z, and the scale takes its place: s <- <W - E, Q> / <Q, Q>. Each block keeps the best of all
+steps (by mean |error|**p), the first, plain one included, so a block never ends worse than it started in that measure.
+
+Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023, https://mobiusml.github.io/hqq_blog/;
+p = 0.7, beta = 10, kappa = 1.01, 20 iterations and early stop as there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..numerics import Format, Parts, quantize
+from ..numerics.math import quantize_given, read_scale, to_blocks
+from ..quantize.method import Method, register
+
+_P, _BETA, _KAPPA, _ITERATIONS = 0.7, 10.0, 1.01, 20
+
+
+def _shrink(x: Tensor, beta: float) -> Tensor:
+    magnitude = x.abs()
+    return x.sign() * (magnitude - magnitude.clamp(min=1e-12).pow(_P - 1) / beta).clamp(min=0)
+
+
+def hqq(weight: Tensor, fmt: Format) -> Parts:
+    """Quantize a weight by HQQ.
+
+    Args:
+        weight: (..., N, K), float. fmt: an integer format, with or without zero point.
+
+    Returns:
+        Parts.
+
+    >>> hqq(torch.randn(8, 64), Format.parse("int4/1x32*bf16+bf16")).zero_point.shape
+    torch.Size([8, 2])
+    """
+    start = quantize(weight, fmt)
+    shape = tuple(weight.shape)
+    blocks = to_blocks(weight.to(torch.float32), fmt.block_dims(shape))
+    scale = read_scale(start, fmt)
+    zero = torch.zeros_like(scale) if start.zero_point is None else start.zero_point.to(torch.float32)
+    best_scale, best_zero, best_error = scale, zero, torch.full_like(scale, torch.inf)
+    unit = (
+        scale.abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    )  # beta is meant for weights of order one: work in units of the mean step
+    beta, last = _BETA, torch.inf
+    for _ in range(_ITERATIONS + 1):
+        parts = quantize_given(weight, fmt, scale, None if start.zero_point is None else zero)
+        codes = to_blocks(fmt.element.decode(parts.qdata), fmt.block_dims(shape))
+        by = _over(read_scale(parts, fmt), shape)
+        offset = 0.0 if parts.zero_point is None else _over(parts.zero_point.to(torch.float32), shape)
+        residual = blocks - (codes - offset) * by
+        error = (residual.abs() / unit).pow(_P).mean(dim=(-3, -1)).reshape(scale.shape)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+        mean = error.mean().item()
+        if mean >= last:
+            break
+        last = mean
+        kept = blocks - _shrink(residual / unit, beta) * unit
+        if start.zero_point is None:
+            squares = codes.square().sum(dim=(-3, -1))
+            fitted = (kept * codes).sum(dim=(-3, -1)) / squares.clamp(min=1.0)
+            scale = torch.where(squares > 0, fitted, scale.reshape(fitted.shape)).reshape(best_scale.shape).clamp(min=0)
+        else:
+            zero = (codes - kept / by).mean(dim=(-3, -1)).reshape(best_zero.shape)
+        beta *= _KAPPA
+    return quantize_given(weight, fmt, best_scale, None if start.zero_point is None else best_zero)
+
+
+def _over(per_block: Tensor, shape: tuple[int, ...]) -> Tensor:
+    matrix = per_block.unsqueeze(0) if len(shape) == 1 else per_block
+    return matrix.unsqueeze(-1).unsqueeze(-3)
+
+
+def _why_not(fmt: Format) -> str:
+    if fmt.element.kind != "int" or fmt.scale == "e8m0":
+        return f"hqq is for integers with a free scale, got {fmt}"
+    return ""
+
+
+register(
+    Method(name="hqq", about="half-quadratic: zero point or scale by a sparse error norm", run=hqq, why_not=_why_not)
+)
