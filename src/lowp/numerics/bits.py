@@ -1,7 +1,8 @@
 """Codes of b bits, packed without gaps along the last axis: a little-endian stream of bits.
 
 Code i of a row takes the bits [i*b, (i+1)*b) of that row, lowest first. So for 4 bits the even element sits in the low
-nibble, as in MX and NVFP4 checkpoints, and for 3 bits eight codes make three bytes. A row is padded with zero codes to whole bytes.
+nibble, as in MX and NVFP4 checkpoints, and for 3 bits eight codes make three bytes. A row is padded with zero codes to whole
+bytes.
 
 The smallest number of codes that fills whole bytes is g = 8 / gcd(8, b); packing works on such groups in one int64, because
 g codes take at most 56 bits.
@@ -61,7 +62,9 @@ def unpack_bits(stream: Tensor, bits: int, columns: int) -> Tensor:
         words = stream.unsqueeze(-1)
         codes = [(words >> (bits * i)) & (2**bits - 1) for i in range(group)]
         return torch.cat(codes, dim=-1).flatten(-2)[..., :columns]
-    padded = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % octets)).unflatten(-1, (-1, octets)).to(torch.int64)
+    padded = (
+        torch.nn.functional.pad(stream, (0, -stream.shape[-1] % octets)).unflatten(-1, (-1, octets)).to(torch.int64)
+    )
     word = padded[..., 0]
     for i in range(1, octets):
         word = word | padded[..., i] << (8 * i)

@@ -1,7 +1,7 @@
 """How far apart two tensors are: the measures used in tests, reports and benchmarks.
 
-    SQNR     10 * log10(sum(reference**2) / sum((reference - other)**2))        decibel; 6 dB a bit
-    error    ||reference - other|| / ||reference||                              relative, Frobenius
+SQNR     10 * log10(sum(reference**2) / sum((reference - other)**2))        decibel; 6 dB a bit
+error    ||reference - other|| / ||reference||                              relative, Frobenius
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ How the nearest value is found. Between two neighbouring values lies one boundar
 value. The tie rule moves into the boundary: where a tie belongs to the lower value, the boundary is the next larger float32.
 Signed floats are encoded by magnitude, and the sign bit is added after, so that -0.0 stays -0.0.
 
-Where torch has the dtype itself (`native`), encoding is torch's own cast after clamping; the tests compare it with the table.
+`encode_by_table` is that search, for every element. `encode` is a faster way to the same code, and the tests compare the two:
+torch's own cast after clamping where torch has the dtype (`native`), rounding for integers, arithmetic for float4 and float6.
 """
 
 from __future__ import annotations
@@ -127,9 +128,14 @@ class Element:
         return min(value for value in self.values if math.isfinite(value))
 
     @functools.cached_property
+    def largest(self) -> float:
+        """The magnitude that absmax scales to: `max`, or -`min` where nothing is positive (int1 holds {-1, 0})."""
+        return self.max if self.max > 0 else -self.min
+
+    @functools.cached_property
     def emax(self) -> int:
-        """Exponent of the largest power of two that it holds: floor(log2(max))."""
-        return math.floor(math.log2(self.max))
+        """Exponent of the largest power of two that it holds: floor(log2(largest))."""
+        return math.floor(math.log2(self.largest))
 
     @functools.cached_property
     def tiny(self) -> float:
@@ -167,14 +173,16 @@ class Element:
         """
         if self.kind in ("int", "identity") or self.native is not None:
             return qdata.to(dtype)
-        return self.table(qdata.device).to(dtype)[qdata.to(torch.int32)]
+        table = self.table(qdata.device).to(dtype)
+        return table.index_select(0, qdata.to(torch.int32).flatten()).reshape(qdata.shape)
 
     def encode(self, x: Tensor, *, saturate: bool = True) -> Tensor:
         """The nearest value of each number, as unpacked qdata of dtype `self.dtype`, same shape as x.
 
         Args:
             x: any shape, float32 (smaller floats are widened, float64 is narrowed last).
-            saturate: clamp to the largest finite value; otherwise overflow becomes infinity or NaN as the element has it.
+            saturate: clamp to the largest finite value; otherwise overflow becomes infinity or NaN as the element has it, by the
+                table: what torch's cast does with it changed in torch 2.13.
 
         >>> ELEMENTS["int4"].encode(torch.tensor([1.5, 2.5, 99.0]))
         tensor([2, 2, 7], dtype=torch.int8)
@@ -183,19 +191,34 @@ class Element:
             return x.to(self.native)
         if self.kind == "int":
             return x.round().clamp(self.qmin, self.qmax).to(self.dtype)
-        if self.native is not None:
-            return (x.clamp(self.min, self.max) if saturate else x).to(self.native)
+        if self.native is not None and saturate:
+            return x.clamp(self.min, self.max).to(self.native)
+        if self.kind == "float" and self.specials == "none":
+            return self._encode_float(x.to(torch.float32))
         return self.from_codes(self.encode_by_table(x, saturate=saturate))
+
+    def _encode_float(self, x: Tensor) -> Tensor:
+        """Round to nearest even by arithmetic: the step between values is 2**(e - mbits) for a number of exponent e."""
+        magnitude = x.abs()
+        magnitude = torch.where(magnitude < self.max, magnitude, self.max)
+        lowest = (
+            128 - self.bias
+        )  # of the smallest normal value, biased as float32's exponents are; the subnormals share its step
+        exponent = (magnitude.view(torch.int32) >> 23).clamp_(min=lowest)
+        inverse_step = ((254 + self.mbits - exponent) << 23).view(torch.float32)
+        steps = magnitude.mul_(inverse_step).round_().to(torch.int32)
+        codes = steps.add_(exponent.sub_(lowest) << self.mbits).to(torch.uint8)
+        return codes | torch.signbit(x).to(torch.uint8) << (self.bits - 1)
 
     def encode_by_table(self, x: Tensor, *, saturate: bool = True) -> Tensor:
         """As `encode`, by the table alone, for every element; answers raw codes (uint8)."""
         x = x.to(torch.float32)
         codes_by_rank, boundaries = self._search(x.device)
         magnitude = x.abs() if self._by_sign else x
-        rank = torch.bucketize(magnitude, boundaries, right=True)
+        rank = torch.bucketize(magnitude, boundaries, right=True, out_int32=True)
         if saturate:
             rank = rank.clamp(max=len(codes_by_rank) - 2)  # the last rank is overflow
-        codes = codes_by_rank[rank]
+        codes = codes_by_rank.index_select(0, rank.flatten()).reshape(x.shape)
         if self._by_sign:
             sign = torch.signbit(x).to(torch.uint8) << (self.bits - 1)
             if self.specials == "fnuz":
@@ -213,11 +236,24 @@ class Element:
 
         Source: Gupta et al., arXiv 1502.02551, section 3.1.
         """
+        if self.kind == "identity":
+            return self._round_float(x, noise)
         ordered = self._ordered(x.device)
         x = x.clamp(self.min, self.max)
         below = torch.searchsorted(ordered, x.contiguous(), right=True).sub_(1).clamp_(0, len(ordered) - 2)
         low, high = ordered[below], ordered[below + 1]
         return self.encode(torch.where(noise < (x - low) / (high - low), high, low))
+
+    def _round_float(self, x: Tensor, noise: Tensor) -> Tensor:
+        """Stochastic rounding to bf16 or fp16: neighbouring floats are neighbouring integers, sign aside."""
+        if self.native is None or self.bits == 32:
+            return x
+        nearest = x.to(self.native)
+        codes = nearest.view(torch.int16)
+        codes = torch.where(nearest.to(torch.float32).abs() > x.abs(), codes - 1, codes)
+        below, above = codes.view(self.native).to(torch.float32), (codes + 1).view(self.native).to(torch.float32)
+        away = noise < (x - below) / (above - below)
+        return torch.where(away, codes + 1, codes).view(self.native)
 
     @property
     def _by_sign(self) -> bool:

@@ -33,6 +33,7 @@ _SPELLING = re.compile(
 SCALE_DTYPES = ("fp32", "bf16", "fp16", "e8m0", "e4m3")  # a scale that is cast; any other is quantized in blocks
 ZERO_POINTS = ("int8", "uint8", "int32", "bf16", "fp16", "fp32")
 E8M0_RULES = ("floor", "ceil", "even", "rceil")
+_ZERO_POINT_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 _RULES_FOR_ZERO_POINT = ("asymmetric", "mse")
 _RULES_SYMMETRIC = ("absmax", "absmean", "symmetric", "noclip", "mse")
 
@@ -68,6 +69,8 @@ class Format:
         >>> Format.parse("e2m1/1x16*e4m3/tensor").scale.block
         'tensor'
         """
+        if not isinstance(spelling, str):
+            raise SpellingError(f"a format is a string such as 'int4/1x128*bf16', got {spelling!r}.")
         return _parse(spelling)
 
     def __str__(self) -> str:
@@ -124,10 +127,13 @@ class Format:
         if self.wraps and bn == 1 and columns and bk % columns == 0:
             bn, bk = bk // columns, columns
         if len(shape) == 1 and bn != 1:
-            raise MisfitError(f"{self} wants a matrix, got shape {tuple(shape)}: use a block of one row, such as 1x{bk}.")
+            raise MisfitError(
+                f"{self} wants a matrix, got shape {tuple(shape)}: use a block of one row, such as 1x{bk}."
+            )
         if rows % bn or columns % bk:
             raise MisfitError(
-                f"{self} wants a shape whose last two axes are multiples of {bn} x {bk}, got {tuple(shape)}: {_advice(bn, bk, rows, columns)}"
+                f"{self} wants a shape whose last two axes are multiples of {bn} x {bk}, got {tuple(shape)}: "
+                f"{_advice(bn, bk, rows, columns)}"
             )
         return bn, bk
 
@@ -152,7 +158,10 @@ class Format:
     @property
     def source(self) -> str:
         """Where the format comes from."""
-        return next((known.source for known in KNOWN if known.spelling.split("@")[0] == str(self) and known.source), self.element.source)
+        return next(
+            (known.source for known in KNOWN if known.spelling.split("@")[0] == str(self) and known.source),
+            self.element.source,
+        )
 
 
 def _advice(bn: int, bk: int, rows: int, columns: int) -> str:
@@ -172,23 +181,44 @@ def _parse(spelling: str) -> Format:
     element = ELEMENTS[match["element"]]
     if element.kind == "identity":
         if match["block"] or match["scale"] or match["zero_point"] or match["rule"]:
-            raise SpellingError(f"{spelling!r}: {element.name} is kept as it is and takes no block, scale or rule: write {element.name!r}.")
+            raise SpellingError(
+                f"{spelling!r}: {element.name} is kept as it is and takes no block, scale or rule: "
+                f"write {element.name!r}."
+            )
         return Format(element=element, block="", scale="fp32", rule="absmax")
     if not match["block"]:
-        raise SpellingError(f"{spelling!r} lacks its block: how many elements share a scale? Write {element.name}/row or {element.name}/1x128.")
-    if "0" in match["block"].split("x"):
-        raise SpellingError(f"{spelling!r}: a block of {match['block']} holds nothing: write {element.name}/1x128.")
+        raise SpellingError(
+            f"{spelling!r} lacks its block: how many elements share a scale? Write {element.name}/row or {element.name}/1x128."
+        )
+    if element.name == "e8m0":
+        raise SpellingError(f"{spelling!r}: e8m0 holds no zero and no sign, it is for scales: write e4m3/1x32*e8m0.")
+    block = match["block"]
+    if block not in ("tensor", "row"):
+        bn, bk = (int(size) for size in block.split("x"))
+        if bn == 0 or bk == 0:
+            raise SpellingError(f"{spelling!r}: a block of {block} holds nothing: write {element.name}/1x128.")
+        block = f"{bn}x{bk}"
     scale = _parse_scale(match["scale"] or "fp32", spelling)
     if match["zero_point"] and match["zero_point"] not in ZERO_POINTS:
         raise SpellingError.of(f"zero point in format {spelling!r}:", match["zero_point"], ZERO_POINTS)
     if match["zero_point"] and element.kind != "int":
-        raise SpellingError(f"{spelling!r}: only integers take a zero point, {element.name} is a {element.kind}: drop '+{match['zero_point']}'.")
-    plain = Format(element=element, block=match["block"], scale=scale, zero_point=match["zero_point"])
+        raise SpellingError(
+            f"{spelling!r}: only integers take a zero point, {element.name} is a {element.kind}: drop '+{match['zero_point']}'."
+        )
+    if match["zero_point"] and scale == "e8m0":
+        raise SpellingError(f"{spelling!r}: a power-of-two scale takes no zero point: drop '+{match['zero_point']}'.")
+    low, high = _ZERO_POINT_RANGES.get(match["zero_point"], (-math.inf, math.inf))
+    if element.kind == "int" and not low <= element.qmin <= element.qmax <= high:
+        raise SpellingError(
+            f"{spelling!r}: a zero point of {element.name} lies in {element.qmin}..{element.qmax}, which "
+            f"{match['zero_point']} does not hold: write +{'int8' if element.signed else 'uint8'}."
+        )
+    plain = Format(element=element, block=block, scale=scale, zero_point=match["zero_point"])
     rule = match["rule"] or plain._default_rule()
     allowed = rules_for(plain)
     if rule not in allowed:
         raise SpellingError.of(f"rule for {str(plain).split('~')[0]!r}:", rule, allowed)
-    return Format(element=element, block=match["block"], scale=scale, zero_point=match["zero_point"], rule=rule)
+    return dataclasses.replace(plain, rule=rule)
 
 
 def rules_for(fmt: Format) -> tuple[str, ...]:
@@ -212,7 +242,9 @@ def _parse_scale(scale: str, spelling: str) -> str | Format:
 
 def _unreadable(spelling: str) -> SpellingError:
     near = SpellingError.of("format", spelling, [known.spelling for known in KNOWN if "@" not in known.spelling])
-    return SpellingError(f"cannot read {near}. A format is element/block[*scale][+zero_point], such as int4/1x128*bf16.")
+    return SpellingError(
+        f"cannot read {near}. A format is element/block[*scale][+zero_point], such as int4/1x128*bf16."
+    )
 
 
 ELEMENTS_BITS = {name: (32 if name == "int32" else ELEMENTS[name].bits) for name in ZERO_POINTS}
@@ -236,6 +268,8 @@ class Scheme:
         >>> str(Scheme.parse("int4"))
         'int4/1x128*bf16'
         """
+        if not isinstance(spelling, str):
+            raise SpellingError(f"a scheme is a string such as 'int4/1x128*bf16', got {spelling!r}.")
         return _parse_scheme(spelling)
 
     def __str__(self) -> str:
@@ -244,14 +278,16 @@ class Scheme:
 
 @functools.lru_cache(maxsize=4096)
 def _parse_scheme(spelling: str) -> Scheme:
-    if not isinstance(spelling, str):
-        raise SpellingError(f"a scheme is a string such as 'int4/1x128*bf16', got {spelling!r}.")
     preset = PRESETS.get(spelling.strip().upper().replace("-", "_"))
     weight, separator, act = (preset or spelling).partition("@")
     if "/" not in weight and weight.strip() not in ELEMENTS:
-        raise SpellingError.of("scheme", spelling, [*(name.lower() for name in PRESETS), *(known.spelling for known in KNOWN)])
+        raise SpellingError.of(
+            "scheme", spelling, [*(name.lower() for name in PRESETS), *(known.spelling for known in KNOWN)]
+        )
     if separator and not act:
-        raise SpellingError(f"{spelling!r} ends in '@': write the activation's format after it, such as {weight}@int8/row, or drop the '@'.")
+        raise SpellingError(
+            f"{spelling!r} ends in '@': write the activation's format after it, such as {weight}@int8/row, or drop the '@'."
+        )
     return Scheme(weight=Format.parse(weight), act=Format.parse(act) if act else None)
 
 

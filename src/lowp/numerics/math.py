@@ -26,8 +26,9 @@ QLoRA, arXiv 2305.14314; BitNet b1.58, arXiv 2402.17764.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +42,23 @@ from .parts import Parts
 
 _TINY = torch.finfo(torch.float32).tiny  # 2**-126, the smallest normal float32: no scale is below it, none is zero
 _HALF_MAX = torch.finfo(torch.float16).max  # 65504
+_PIECE = 1 << 17  # numbers that are worked on at a time on a CPU: 512 KB of float32, what a core's cache holds
 _SHRINK = tuple(1.0 - 0.0125 * i for i in range(49))  # the mse rule tries ranges from 100 % down to 40 %
-ZERO_POINT_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "int32": torch.int32} | {
-    name: ELEMENTS[name].native for name in ("bf16", "fp16", "fp32")
+ZERO_POINT_DTYPES = {
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "int32": torch.int32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
 }
 
+_SCALE_RANGES = {  # the smallest and largest scale stored; for other elements their smallest normal and largest value
+    "e8m0": (2.0**-127, 2.0**127),
+    "bf16": (_TINY, torch.finfo(torch.bfloat16).max),
+    "fp16": (2.0**-24, _HALF_MAX),  # the smallest subnormal
+    "fp32": (_TINY, torch.finfo(torch.float32).max),
+}
 
 # -- blocks -----------------------------------------------------------------------------------------------------------
 
@@ -72,41 +85,78 @@ def _spread(per_block: Tensor, fmt: Format, shape: torch.Size) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Second:
+    """The second level of a quantized scale: as stored, and spread to one value a block of the first level."""
+
+    scale: Tensor
+    zero_point: Tensor | None
+    by: Tensor
+    offset: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """A scale as stored, and what it reads back as (float32, one value a block)."""
+    """A scale as stored, what it reads back as (float32, one value a block), and its inverse where 1 / value would differ."""
 
     scale: Tensor
     value: Tensor
-    scale_scale: Tensor | None = None
-    scale_zero_point: Tensor | None = None
+    inverse: Tensor | None = None
 
 
-def _store(scale: Tensor, fmt: Format, scale_scale: Tensor | None = None) -> _Stored:
-    """Round float32 scales to their storage; `scale_scale` is given where the first level's range sets it (NVFP4)."""
-    nested = fmt.nested
-    if nested is not None:
-        return _store_nested(scale, nested, scale_scale)
+def _store(scale: Tensor, fmt: Format, second: _Second | None) -> _Stored:
+    """Round float32 scales to their storage, each by itself."""
+    if fmt.nested is not None and second is not None:
+        return _store_nested(scale.clamp(min=_TINY), fmt.nested.element, second)
     element = ELEMENTS[str(fmt.scale)]
-    if element.kind == "float" and element.name != "e8m0":
-        scale = scale.clamp(element.tiny, element.max)
-    elif element.name == "fp16":
-        scale = scale.clamp(2.0**-24, _HALF_MAX)  # smallest subnormal half, largest half
-    stored = element.encode(scale)
+    low, high = _SCALE_RANGES.get(element.name) or (element.tiny, element.max)
+    infinity = math.inf if element.kind == "identity" else math.nan  # an infinite scale stays visible
+    stored = element.encode(torch.where(scale.isinf(), infinity, scale.clamp(low, high)))
     return _Stored(scale=stored, value=element.decode(stored))
 
 
-def _store_nested(scale: Tensor, nested: Format, scale_scale: Tensor | None) -> _Stored:
-    if scale_scale is not None:
-        blocks = to_blocks(scale, nested.block_dims(scale.shape))
-        by = _spread(scale_scale, nested, scale.shape)
-        codes = nested.element.encode((blocks / by).clamp(nested.element.tiny, nested.element.max)).reshape(scale.shape)
-        parts = Parts(qdata=codes, scale=scale_scale)
+def _store_nested(scale: Tensor, element: Element, second: _Second) -> _Stored:
+    scaled = scale / second.by
+    if element.kind == "float":
+        codes = element.encode(scaled.clamp(element.tiny, element.max))
+        value = element.decode(codes)
+        # torchao's order, for its last bit
+        return _Stored(scale=codes, value=value * second.by, inverse=second.by.reciprocal() / value)
+    codes = element.encode(scaled if second.offset is None else scaled + second.offset)
+    value = element.decode(codes)
+    value = (value if second.offset is None else value - second.offset) * second.by
+    return _Stored(scale=codes, value=value.clamp(min=_TINY))
+
+
+def _second_level(scale: Tensor, fmt: Format, amax: Tensor | None) -> _Second | None:
+    """The scale (and zero point) of the scales, by the whole range of them; `amax` of the data's blocks where it is at hand."""
+    nested = fmt.nested
+    if nested is None:
+        return None
+    blocks = to_blocks(scale, nested.block_dims(tuple(scale.shape)))
+    zero_point = None
+    if nested.element.kind == "float":
+        # NVFP4's amax / (448 * 6), from the data itself so that it is rounded once
+        top, largest = (scale, 1.0) if amax is None else (amax, fmt.element.largest)
+        outer = _amax(to_blocks(top.reshape(scale.shape), nested.block_dims(tuple(scale.shape)))) / (
+            nested.element.max * largest
+        )
+        # No block's scale, at least element.tiny of it, may be subnormal: its reciprocal would be infinite.
+        outer = torch.where(outer == 0, 1.0, outer.clamp(min=_TINY / nested.element.tiny))
     else:
-        parts = quantize(scale, nested)
-    value = dequantize(parts, nested)
-    if nested.zero_point:  # centered: the smallest scales may come back as zero or less
-        value = value.clamp(min=_TINY)
-    return _Stored(scale=parts.qdata, value=value, scale_scale=parts.scale, scale_zero_point=parts.zero_point)
+        outer, low = _base(nested).choose(blocks, nested)
+        outer = outer.clamp(min=_TINY)
+        zero_point = None if low is None else (-low / outer).reshape(nested.scale_shape(tuple(scale.shape)))
+    outer = outer.reshape(nested.scale_shape(tuple(scale.shape)))
+
+    def spread(values: Tensor) -> Tensor:
+        return _spread(values, nested, scale.shape).expand(blocks.shape).reshape(scale.shape)
+
+    return _Second(
+        scale=outer,
+        zero_point=zero_point,
+        by=spread(outer),
+        offset=None if zero_point is None else spread(zero_point),
+    )
 
 
 def read_scale(parts: Parts, fmt: Format) -> Tensor:
@@ -117,7 +167,7 @@ def read_scale(parts: Parts, fmt: Format) -> Tensor:
     if nested is None:
         return ELEMENTS[str(fmt.scale)].decode(parts.scale)
     value = dequantize(Parts(qdata=parts.scale, scale=parts.scale_scale, zero_point=parts.scale_zero_point), nested)
-    return value.clamp(min=_TINY) if nested.zero_point else value
+    return value.clamp(min=_TINY)  # the smallest scales may come back as zero or less
 
 
 # -- rules ------------------------------------------------------------------------------------------------------------
@@ -126,15 +176,11 @@ Choice = tuple[Tensor, Tensor | None]  # scale and, for an asymmetric format, th
 
 
 def _absmax(blocks: Tensor, fmt: Format) -> Choice:
-    return _amax(blocks) / _largest(fmt.element), None
+    return _amax(blocks) / fmt.element.largest, None
 
 
 def _absmean(blocks: Tensor, fmt: Format) -> Choice:
     return blocks.abs().mean(dim=(-3, -1)), None
-
-
-def _largest(element: Element) -> float:
-    return max(element.max, -element.min) if element.max <= 0 else element.max  # int1 holds only {-1, 0}
 
 
 def _symmetric(blocks: Tensor, fmt: Format) -> Choice:
@@ -177,25 +223,27 @@ def e8m0_scale(amax: Tensor, element: Element, rule: str) -> Tensor:
         element: the element of the block. rule: "floor", "ceil", "even" or "rceil".
 
     Returns:
-        torch.float8_e8m0fnu, same shape: 2**(code - 127); NaN where amax is NaN, and for "rceil" where it is infinite.
+        torch.float8_e8m0fnu, same shape: 2**(code - 127); NaN where amax is NaN. An infinite amax gives a finite scale so large
+        that the element's largest value times it is infinite again, as torchao has it; for integers it gives NaN.
 
-    Source: OCP MX v1.0 section 6.3; arXiv 2506.08027 (rceil). Worked on the bits of float32: sign 1, exponent 8, mantissa 23.
+    Source: OCP MX v1.0 section 6.3; arXiv 2506.08027 (rceil). Worked on the bits of float32: sign 1, exponent 8, mantissa 23,
+    so that no rounding of a logarithm or a quotient comes in.
     """
-    if rule == "rceil":
-        amax = amax * (1.0 / element.max)
     bits = amax.contiguous().view(torch.int32)
     exponent, mantissa = (bits >> 23) & 0xFF, bits & 0x7FFFFF
+    if rule == "even":
+        mantissa_bits = (
+            element.mbits if element.kind == "float" else element.bits - 2
+        )  # an integer's leading bit is implied
+        exponent = ((bits + (1 << (23 - mantissa_bits - 1))) >> 23) & 0xFF
+    elif rule != "floor":
+        # rceil: amax / largest lies above a power of two if its mantissa is above that of largest.
+        above = 0 if rule == "ceil" else int((element.largest / 2.0**element.emax - 1.0) * 2**23)
+        exponent = exponent + (mantissa > above).to(torch.int32)
+    code = (exponent - element.emax).clamp(0, 0xFE)
     if rule == "rceil":
-        # A subnormal m * 2**-149 lies above the code 0, 2**-127, only if m > 2**22.
-        up = torch.where(exponent == 0, mantissa > 0x400000, mantissa > 0)
-        code = torch.where(exponent == 0xFF, 0xFF, exponent + up.to(torch.int32))
-    else:
-        if rule == "ceil":
-            exponent = exponent + (mantissa > 0).to(torch.int32)
-        elif rule == "even":
-            mantissa_bits = element.mbits if element.kind == "float" else element.bits - 2  # an integer's leading bit is implied
-            exponent = ((bits + (1 << (23 - mantissa_bits - 1))) >> 23) & 0xFF
-        code = torch.where(amax.isnan(), 0xFF, (exponent - element.emax).clamp(0, 0xFE))
+        code = torch.where(amax.isinf(), 0xFE, code)
+    code = torch.where(amax.isnan() if element.kind == "float" else ~amax.isfinite(), 0xFF, code)
     return code.to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
@@ -236,25 +284,58 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Grid:
-    """What encoding needs, shaped to broadcast against the blocks."""
+    """What encoding needs, shaped (..., 1, blocks, 1) to broadcast against the blocks."""
 
-    stored: _Stored
-    zero_point: Tensor | None
     element: Element
     by: Tensor
+    inverse: Tensor | None
     offset: Tensor | None
     integer_offset: bool
-    reciprocal: bool
+
+    def rows(self, rows: slice) -> _Grid:
+        """The grid of some rows of blocks."""
+        inverse, offset = (None if t is None else t[rows] for t in (self.inverse, self.offset))
+        return dataclasses.replace(self, by=self.by[rows], inverse=inverse, offset=offset)
 
     def encode(self, blocks: Tensor, noise: Tensor | None = None) -> Tensor:
-        scaled = blocks * self.by.reciprocal() if self.reciprocal else blocks / self.by
+        scaled = blocks / self.by if self.inverse is None else blocks * self.inverse
         if self.offset is not None:
-            scaled = (scaled.round() if self.integer_offset and noise is None else scaled) + self.offset
+            scaled = (scaled.round_() if self.integer_offset and noise is None else scaled).add_(self.offset)
         return self.element.encode(scaled) if noise is None else self.element.encode_stochastic(scaled, noise)
 
     def decode(self, qdata: Tensor) -> Tensor:
         value = self.element.decode(qdata)
         return (value - self.offset if self.offset is not None else value) * self.by
+
+
+def _row_pieces(blocks: Tensor) -> Iterator[slice]:
+    """Slices of the first axis of (rows, bn, columns, bk) that hold about `_PIECE` numbers, or one row of blocks."""
+    step = max(1, _PIECE // max(blocks[0].numel(), 1))
+    return (slice(i, i + step) for i in range(0, blocks.shape[0], step))
+
+
+def _inner_pieces(blocks: Tensor) -> Iterator[slice]:
+    """Slices of the second axis, for blocks that are large themselves."""
+    step = max(1, _PIECE // max(blocks[0, 0].numel(), 1))
+    return (slice(i, i + step) for i in range(0, blocks.shape[1], step))
+
+
+def _encode(grid: _Grid, blocks: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
+    """Encode all blocks; on a CPU in pieces that stay in its cache, which is faster and needs no second tensor of floats."""
+
+    def encode(grid: _Grid, piece: Tensor) -> Tensor:
+        return grid.encode(
+            piece, torch.rand(piece.shape, device=piece.device, generator=generator) if stochastic else None
+        )
+
+    if torch.compiler.is_compiling() or blocks.device.type != "cpu" or blocks.numel() <= _PIECE:
+        return encode(grid, blocks)
+    qdata = torch.empty(blocks.shape, dtype=grid.element.dtype)
+    for rows in _row_pieces(blocks):
+        part = grid.rows(rows)
+        for inside in _inner_pieces(blocks):
+            qdata[rows, inside] = encode(part, blocks[rows, inside])
+    return qdata
 
 
 def quantize(x: Tensor, fmt: Format, *, stochastic: bool = False, generator: torch.Generator | None = None) -> Parts:
@@ -267,8 +348,8 @@ def quantize(x: Tensor, fmt: Format, *, stochastic: bool = False, generator: tor
         generator: the source of randomness.
 
     Returns:
-        Parts, with shapes as on the page of `parts.py`. NaN stays visible: a NaN makes its block's scale NaN where the scale
-        is a float, and infinities likewise; an all-zero block gives zeros.
+        Parts, with shapes as on the page of `parts.py`, all contiguous and without gradient. NaN and infinity stay visible:
+        they come back as NaN or infinity, with all of their block if need be. An all-zero block gives zeros.
 
     Raises:
         MisfitError: blocks that do not divide the shape.
@@ -276,21 +357,25 @@ def quantize(x: Tensor, fmt: Format, *, stochastic: bool = False, generator: tor
     >>> quantize(torch.tensor([[1.0, -7.0]]), Format.parse("int4/row")).qdata
     tensor([[ 1, -7]], dtype=torch.int8)
     """
+    x = x.detach()
     if fmt.is_identity:
-        return Parts(qdata=x.to(fmt.element.native))
+        if not stochastic:
+            return Parts(qdata=x.to(fmt.element.native))
+        return Parts(
+            qdata=fmt.element.encode_stochastic(x.float(), torch.rand(x.shape, device=x.device, generator=generator))
+        )
     block = fmt.block_dims(tuple(x.shape))
     if x.numel() == 0:
         return _empty(x, fmt)
-    blocks = to_blocks(x.to(torch.float32), block)
-    grid = _mse_grid(blocks, fmt, x.shape) if fmt.rule == "mse" else _grid(blocks, fmt, x.shape)
-    noise = torch.rand(blocks.shape, device=x.device, generator=generator) if stochastic else None
-    return Parts(
-        qdata=grid.encode(blocks, noise).reshape(x.shape),
-        scale=grid.stored.scale,
-        zero_point=grid.zero_point,
-        scale_scale=grid.stored.scale_scale,
-        scale_zero_point=grid.stored.scale_zero_point,
-    )
+    blocks = to_blocks(x.to(torch.float32).contiguous(), block).flatten(0, -4)
+    scale, low = _base(fmt).choose(blocks, fmt)
+    shape = fmt.scale_shape(tuple(x.shape))
+    second = _second_level(scale.reshape(shape), fmt, _amax(blocks) if fmt.nested else None)
+    if fmt.rule == "mse":
+        scale, low = _mse(blocks, fmt, second)
+    stored = _store(scale.reshape(shape), fmt, second)
+    zero_point = None if low is None else _zero_point(low.reshape(shape), stored.value, fmt)
+    return _encoded(x, fmt, blocks, stored, second, zero_point, stochastic=stochastic, generator=generator)
 
 
 def quantize_given(x: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | None = None) -> Parts:
@@ -300,57 +385,64 @@ def quantize_given(x: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | N
         x: (..., N, K), float. scale, zero_point: `fmt.scale_shape(x.shape)`, float32, in the units of the equation above.
 
     Returns:
-        Parts whose scale and zero point are rounded to their storage dtypes.
+        Parts whose scale and zero point are rounded to their storage dtypes, as `quantize` answers them.
+
+    Raises:
+        MisfitError: blocks that do not divide the shape, or scales of another shape.
     """
-    blocks = to_blocks(x.to(torch.float32), fmt.block_dims(tuple(x.shape)))
-    scale = scale.to(torch.float32).reshape(fmt.scale_shape(tuple(x.shape)))
-    stored = _store(scale.clamp(min=_TINY), fmt)
-    given = None if zero_point is None else _store_zero_point(zero_point.to(torch.float32).reshape(scale.shape), fmt)
-    grid = _assemble(stored, given, fmt, x.shape)
+    x, shape = x.detach(), fmt.scale_shape(tuple(x.shape))
+    for name, given in (("scale", scale), ("zero point", zero_point)):
+        if given is not None and tuple(given.shape) != shape:
+            raise MisfitError(
+                f"{fmt} wants a {name} of shape {shape} for a tensor {tuple(x.shape)}, got {tuple(given.shape)}."
+            )
+    if x.numel() == 0:
+        return _empty(x, fmt)
+    blocks = to_blocks(x.to(torch.float32).contiguous(), fmt.block_dims(tuple(x.shape))).flatten(0, -4)
+    scale = scale.detach().to(torch.float32)
+    second = _second_level(scale, fmt, None)
+    stored = _store(scale, fmt, second)
+    zero_point = None if zero_point is None else _store_zero_point(zero_point.detach().to(torch.float32), fmt)
+    return _encoded(x, fmt, blocks, stored, second, zero_point)
+
+
+def _encoded(
+    x: Tensor,
+    fmt: Format,
+    blocks: Tensor,
+    stored: _Stored,
+    second: _Second | None,
+    zero_point: Tensor | None,
+    *,
+    stochastic: bool = False,
+    generator: torch.Generator | None = None,
+) -> Parts:
+    grid = _grid(stored, zero_point, fmt, blocks)
     return Parts(
-        qdata=grid.encode(blocks).reshape(x.shape),
+        qdata=_encode(grid, blocks, stochastic, generator).reshape(x.shape),
         scale=stored.scale,
-        zero_point=given,
-        scale_scale=stored.scale_scale,
-        scale_zero_point=stored.scale_zero_point,
-    )
-
-
-def _grid(blocks: Tensor, fmt: Format, shape: torch.Size, shrink: float = 1.0) -> _Grid:
-    """Scale and zero point by the format's rule, of a range shrunk by a factor (1: the whole range)."""
-    ranged = blocks if shrink == 1.0 else blocks * shrink
-    choose = RULES[fmt.rule].choose if fmt.rule != "mse" else _mse_base(fmt).choose
-    scale, low = choose(ranged, fmt)
-    scale = scale.reshape(fmt.scale_shape(tuple(shape)))
-    stored = _store(scale.clamp(min=_TINY), fmt, _outer_scale(blocks, fmt, scale))
-    return _assemble(stored, None if low is None else _zero_point(low.reshape(scale.shape), stored.value, fmt), fmt, shape)
-
-
-def _assemble(stored: _Stored, zero_point: Tensor | None, fmt: Format, shape: torch.Size) -> _Grid:
-    return _Grid(
-        stored=stored,
         zero_point=zero_point,
-        element=fmt.element,
-        by=_spread(stored.value, fmt, shape),
-        offset=None if zero_point is None else _spread(zero_point.to(torch.float32), fmt, shape),
-        integer_offset=fmt.zero_point in ("int8", "uint8", "int32"),
-        reciprocal=fmt.rule in RULES and RULES[fmt.rule].reciprocal or fmt.scale in ("e4m3", "e8m0") or fmt.nested is not None,
+        scale_scale=None if second is None else second.scale,
+        scale_zero_point=None if second is None else second.zero_point,
     )
 
 
-def _outer_scale(blocks: Tensor, fmt: Format, scale: Tensor) -> Tensor | None:
-    """NVFP4's second level, amax / (448 * 6), taken from the data itself so that it is rounded once."""
-    nested = fmt.nested
-    if nested is None or nested.element.kind != "float":
-        return None
-    amax = _amax(to_blocks(_amax(blocks).reshape(scale.shape), nested.block_dims(tuple(scale.shape))))
-    outer = amax.reshape(nested.scale_shape(tuple(scale.shape))) / (nested.element.max * _largest(fmt.element))
-    return torch.where(outer == 0, torch.ones_like(outer), outer.clamp(min=_TINY))
+def _grid(stored: _Stored, zero_point: Tensor | None, fmt: Format, blocks: Tensor) -> _Grid:
+    """A grid over blocks (rows, bn, columns, bk), from one scale (and zero point) for each of the (rows, columns) blocks."""
+    per_block = (blocks.shape[0], 1, blocks.shape[2], 1)
+    inverse = stored.inverse
+    if inverse is None and (RULES[fmt.rule].reciprocal or fmt.scale in ("e4m3", "e8m0") or fmt.nested is not None):
+        inverse = stored.value.reciprocal()
+    return _Grid(
+        element=fmt.element,
+        by=stored.value.reshape(per_block),
+        inverse=None if inverse is None else inverse.reshape(per_block),
+        offset=None if zero_point is None else zero_point.to(torch.float32).reshape(per_block),
+        integer_offset=_is_integer(fmt),
+    )
 
 
 def _zero_point(low: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    if fmt.rule == "centered":
-        return -low / scale
     zero_point = fmt.element.qmin - (low / scale).round() if _is_integer(fmt) else fmt.element.qmin - low / scale
     return _store_zero_point(zero_point.clamp(fmt.element.qmin, fmt.element.qmax), fmt)
 
@@ -360,43 +452,75 @@ def _is_integer(fmt: Format) -> bool:
 
 
 def _store_zero_point(zero_point: Tensor, fmt: Format) -> Tensor:
-    return (zero_point.round() if _is_integer(fmt) else zero_point).to(ZERO_POINT_DTYPES[str(fmt.zero_point)])
+    dtype = ZERO_POINT_DTYPES[str(fmt.zero_point)]
+    if _is_integer(fmt):
+        info = torch.iinfo(dtype)
+        zero_point = zero_point.round().clamp(info.min, info.max)
+    return zero_point.to(dtype)
 
 
-def _mse_base(fmt: Format) -> Rule:
+def _base(fmt: Format) -> Rule:
+    """The format's rule; for mse the rule whose range is searched."""
+    if fmt.rule != "mse":
+        return RULES[fmt.rule]
     return RULES["rceil" if fmt.scale == "e8m0" else "asymmetric" if fmt.zero_point else "absmax"]
 
 
-def _mse_grid(blocks: Tensor, fmt: Format, shape: torch.Size) -> _Grid:
-    """For each block the range with the least squared error, among `_SHRINK` of the whole range."""
+def _mse(blocks: Tensor, fmt: Format, second: _Second | None) -> Choice:
+    """For each block the range with the least squared error, among `_SHRINK` of the whole range.
+
+    The second level of a scale stays that of the whole range, so that one block does not depend on another and rows of
+    blocks can be worked on in pieces.
+    """
+    choices = [_mse_of_rows(blocks[rows], fmt, _second_of(second, rows, blocks)) for rows in _row_pieces(blocks)]
+    lows = [low for _, low in choices if low is not None]
+    return torch.cat([scale for scale, _ in choices]), torch.cat(lows) if lows else None
+
+
+def _mse_of_rows(blocks: Tensor, fmt: Format, second: _Second | None) -> Choice:
+    # The rules searched look at the smallest and largest value alone, so these two stand for the block.
+    extremes = torch.stack((blocks.amin(dim=(-3, -1)), blocks.amax(dim=(-3, -1))), dim=-1).unsqueeze(1)
     shrinks = (1.0, 0.5) if fmt.scale == "e8m0" else _SHRINK
-    best_error, best_shrink = None, None
-    for shrink in shrinks:
-        grid = _grid(blocks, fmt, shape, shrink)
-        error = (grid.decode(grid.encode(blocks)) - blocks).square().sum(dim=(-3, -1), keepdim=True)
-        if best_error is None or best_shrink is None:
-            best_error, best_shrink = error, torch.full_like(error, shrink)
-        else:
-            best_shrink = torch.where(error < best_error, shrink, best_shrink)
-            best_error = torch.minimum(error, best_error)
-    assert best_shrink is not None
-    scale, low = _mse_base(fmt).choose(blocks * best_shrink, fmt)
-    scale = scale.reshape(fmt.scale_shape(tuple(shape)))
-    stored = _store(scale.clamp(min=_TINY), fmt, _outer_scale(blocks, fmt, scale))
-    return _assemble(stored, None if low is None else _zero_point(low.reshape(scale.shape), stored.value, fmt), fmt, shape)
+    errors = torch.zeros(len(shrinks), blocks.shape[0], blocks.shape[2], device=blocks.device)
+    for error, shrink in zip(errors, shrinks, strict=True):
+        scale, low = _base(fmt).choose(extremes * shrink, fmt)
+        stored = _store(scale, fmt, second)
+        grid = _grid(stored, None if low is None else _zero_point(low, stored.value, fmt), fmt, blocks)
+        for inside in _inner_pieces(blocks):
+            piece = blocks[:, inside]
+            error += grid.decode(grid.encode(piece)).sub_(piece).square_().sum(dim=(-3, -1))
+    best = torch.tensor(shrinks, device=blocks.device)[errors.argmin(dim=0)]
+    return _base(fmt).choose(extremes * best[:, None, :, None], fmt)
+
+
+def _second_of(second: _Second | None, rows: slice, blocks: Tensor) -> _Second | None:
+    """The second level of the scales of some rows of blocks."""
+    if second is None:
+        return None
+    shape = (blocks.shape[0], blocks.shape[2])
+    offset = None if second.offset is None else second.offset.reshape(shape)[rows]
+    return dataclasses.replace(second, by=second.by.reshape(shape)[rows], offset=offset)
 
 
 def _empty(x: Tensor, fmt: Format) -> Parts:
-    scale = torch.ones(fmt.scale_shape(tuple(x.shape)), device=x.device)
-    stored = _store(scale, fmt) if scale.numel() else _Stored(scale=scale, value=scale)
-    zero_point = torch.zeros_like(scale).to(ZERO_POINT_DTYPES[fmt.zero_point]) if fmt.zero_point else None
+    """The parts of a tensor without numbers, in the shapes and dtypes of any other."""
+    ones = torch.ones(fmt.scale_shape(tuple(x.shape)), device=x.device)
+    second = _second_level(ones, fmt, None) if ones.numel() else _empty_second(ones, fmt)
     return Parts(
         qdata=torch.empty(x.shape, dtype=fmt.element.dtype, device=x.device),
-        scale=stored.scale,
-        zero_point=zero_point,
-        scale_scale=stored.scale_scale,
-        scale_zero_point=stored.scale_zero_point,
+        scale=_store(ones, fmt, second).scale,
+        zero_point=torch.zeros_like(ones).to(ZERO_POINT_DTYPES[fmt.zero_point]) if fmt.zero_point else None,
+        scale_scale=None if second is None else second.scale,
+        scale_zero_point=None if second is None else second.zero_point,
     )
+
+
+def _empty_second(scale: Tensor, fmt: Format) -> _Second | None:
+    if fmt.nested is None:
+        return None
+    outer = torch.ones(fmt.nested.scale_shape(tuple(scale.shape)), device=scale.device)
+    zero_point = torch.zeros_like(outer) if fmt.nested.zero_point else None
+    return _Second(scale=outer, zero_point=zero_point, by=scale, offset=None if zero_point is None else scale)
 
 
 def dequantize(parts: Parts, fmt: Format, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -414,24 +538,21 @@ def dequantize(parts: Parts, fmt: Format, dtype: torch.dtype = torch.float32) ->
     """
     if fmt.is_identity:
         return parts.qdata.to(dtype)
+    if parts.qdata.numel() == 0:
+        return torch.empty(parts.qdata.shape, dtype=dtype, device=parts.qdata.device)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     shape = parts.qdata.shape
-    blocks = to_blocks(fmt.element.decode(parts.qdata, compute), _block_dims_of(parts, fmt))
+    blocks = to_blocks(fmt.element.decode(parts.qdata, compute), fmt.block_dims(tuple(shape)))
     if parts.zero_point is not None:
         blocks = blocks - _spread(parts.zero_point.to(compute), fmt, shape)
     values = (blocks * _spread(read_scale(parts, fmt).to(compute), fmt, shape)).reshape(shape)
     if dtype == torch.float16:
-        finite = values.clamp(-_HALF_MAX, _HALF_MAX)
-        values = torch.where(values.isinf(), values, finite)
+        values = torch.where(values.isinf(), values, values.clamp(-_HALF_MAX, _HALF_MAX))
     return values.to(dtype)
 
 
-def _block_dims_of(parts: Parts, fmt: Format) -> tuple[int, int]:
-    return fmt.block_dims(tuple(parts.qdata.shape)) if math.prod(parts.qdata.shape) else (1, 1)
-
-
 def fake_quantize(x: Tensor, fmt: Format) -> Tensor:
-    """Quantize and dequantize, in x's dtype: what quantization does to the numbers.
+    """Quantize and dequantize, in x's dtype: what quantization does to the numbers. No gradient passes: for that see `lowp.qat`.
 
     >>> fake_quantize(torch.tensor([[1.4, -7.0]]), Format.parse("int4/row"))
     tensor([[ 1., -7.]])

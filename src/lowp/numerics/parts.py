@@ -53,7 +53,8 @@ class Parts:
 
     def replace(self, **tensors: Tensor | None) -> Parts:
         """The parts with some tensors exchanged."""
-        return dataclasses.replace(self, **tensors)
+        merged = self.tensors() | tensors
+        return Parts.of({name: tensor for name, tensor in merged.items() if tensor is not None})
 
 
 PART_NAMES = tuple(field.name for field in dataclasses.fields(Parts))

@@ -12,7 +12,6 @@ import pkgutil
 from ..element import Element
 from ..known import Known
 
-
 _FAMILIES = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
 
 ELEMENTS: dict[str, Element] = {e.name: e for family in _FAMILIES for e in getattr(family, "ELEMENTS", ())}

@@ -31,10 +31,40 @@ def dynamic_map(*, signed: bool, exponent_bits: int, bits: int) -> tuple[float, 
 
 
 ELEMENTS = (
-    Element(name="dyn8", bits=8, kind="codebook", codebook=dynamic_map(signed=True, exponent_bits=7, bits=8), ties="up", source=_DETTMERS),
-    Element(name="udyn8", bits=8, kind="codebook", codebook=dynamic_map(signed=False, exponent_bits=7, bits=8), signed=False, ties="up", source=_DETTMERS),
-    Element(name="dyn4", bits=4, kind="codebook", codebook=dynamic_map(signed=True, exponent_bits=3, bits=4), ties="up", source="arXiv 2309.01507, section 4"),
-    Element(name="ulin4", bits=4, kind="codebook", codebook=tuple((i + 1) / 16 for i in range(16)), signed=False, ties="up", source="arXiv 2309.01507, section 4.1"),
+    Element(
+        name="dyn8",
+        bits=8,
+        kind="codebook",
+        codebook=dynamic_map(signed=True, exponent_bits=7, bits=8),
+        ties="up",
+        source=_DETTMERS,
+    ),
+    Element(
+        name="udyn8",
+        bits=8,
+        kind="codebook",
+        codebook=dynamic_map(signed=False, exponent_bits=7, bits=8),
+        signed=False,
+        ties="up",
+        source=_DETTMERS,
+    ),
+    Element(
+        name="dyn4",
+        bits=4,
+        kind="codebook",
+        codebook=dynamic_map(signed=True, exponent_bits=3, bits=4),
+        ties="up",
+        source="arXiv 2309.01507, section 4",
+    ),
+    Element(
+        name="ulin4",
+        bits=4,
+        kind="codebook",
+        codebook=tuple((i + 1) / 16 for i in range(16)),
+        signed=False,
+        ties="up",
+        source="arXiv 2309.01507, section 4.1",
+    ),
 )
 
 

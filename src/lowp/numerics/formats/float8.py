@@ -29,9 +29,19 @@ ELEMENTS = (
 
 KNOWN = (
     Known(spelling="e4m3/row", preset="FP8", about="weight-only float8"),
-    Known(spelling="e4m3/row@e4m3/row", preset="FP8_DYNAMIC", about="float8 weights and per-token activations", source="torch._scaled_mm"),
+    Known(
+        spelling="e4m3/row@e4m3/row",
+        preset="FP8_DYNAMIC",
+        about="float8 weights and per-token activations",
+        source="torch._scaled_mm",
+    ),
     Known(spelling="e4m3/tensor@e4m3/tensor", about="one scale each", source="Micikevicius et al., arXiv 2209.05433"),
-    Known(spelling="e4m3/128x128@e4m3/1x128", preset="FP8_BLOCK", about="DeepSeek's block float8", source="DeepSeek-V3, arXiv 2412.19437, section 3.3"),
+    Known(
+        spelling="e4m3/128x128@e4m3/1x128",
+        preset="FP8_BLOCK",
+        about="DeepSeek's block float8",
+        source="DeepSeek-V3, arXiv 2412.19437, section 3.3",
+    ),
     Known(spelling="e5m2/row", about="more range, less precision", source=_OFP8),
     Known(spelling="e4m3fnuz/row", about="MI300's float8", source=_FNUZ),
 )

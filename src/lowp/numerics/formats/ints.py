@@ -16,7 +16,14 @@ _SOURCE = "Jacob et al., arXiv 1712.05877, section 2.1"
 
 ELEMENTS = (
     *(
-        Element(name=f"{u}int{bits}", bits=bits, kind="int", signed=not u, native=_NATIVE.get(f"{u}int{bits}"), source=_SOURCE)
+        Element(
+            name=f"{u}int{bits}",
+            bits=bits,
+            kind="int",
+            signed=not u,
+            native=_NATIVE.get(f"{u}int{bits}"),
+            source=_SOURCE,
+        )
         for u in ("", "u")
         for bits in range(1, 9)
     ),
@@ -25,15 +32,36 @@ ELEMENTS = (
 
 
 KNOWN = (
-    Known(spelling="int8/row", preset="INT8", about="weight-only, half the bytes of bf16, next to no loss", source=_SOURCE),
-    Known(spelling="int8/row@int8/row", preset="INT8_DYNAMIC", about="8-bit weights and per-token activations", source="LLM.int8, arXiv 2208.07339"),
+    Known(
+        spelling="int8/row", preset="INT8", about="weight-only, half the bytes of bf16, next to no loss", source=_SOURCE
+    ),
+    Known(
+        spelling="int8/row@int8/row",
+        preset="INT8_DYNAMIC",
+        about="8-bit weights and per-token activations",
+        source="LLM.int8, arXiv 2208.07339",
+    ),
     Known(spelling="int6/1x128*bf16", about="weight-only, between int8 and int4"),
     Known(spelling="int5/1x128*bf16", about="weight-only, between int8 and int4"),
-    Known(spelling="int4/1x128*bf16", preset="INT4", about="weight-only, groups of 128", source="GPTQ, arXiv 2210.17323"),
+    Known(
+        spelling="int4/1x128*bf16", preset="INT4", about="weight-only, groups of 128", source="GPTQ, arXiv 2210.17323"
+    ),
     Known(spelling="int4/1x32*bf16", about="weight-only, groups of 32"),
-    Known(spelling="int4/1x128*bf16+bf16", preset="INT4_ASYM", about="asymmetric with a float zero point", source="tinygemm; HQQ"),
-    Known(spelling="int4/1x64*bf16+int8", about="asymmetric with an integer zero point", source="AWQ, arXiv 2306.00978"),
-    Known(spelling="int4/1x32*bf16@int8/row+int8", preset="INT4_DYNAMIC", about="4-bit weights, asymmetric 8-bit activations: phones", source="8da4w of ExecuTorch"),
+    Known(
+        spelling="int4/1x128*bf16+bf16",
+        preset="INT4_ASYM",
+        about="asymmetric with a float zero point",
+        source="tinygemm; HQQ",
+    ),
+    Known(
+        spelling="int4/1x64*bf16+int8", about="asymmetric with an integer zero point", source="AWQ, arXiv 2306.00978"
+    ),
+    Known(
+        spelling="int4/1x32*bf16@int8/row+int8",
+        preset="INT4_DYNAMIC",
+        about="4-bit weights, asymmetric 8-bit activations: phones",
+        source="8da4w of ExecuTorch",
+    ),
     Known(spelling="int3/1x64*bf16+bf16", preset="INT3", about="weight-only, groups of 64, asymmetric"),
     Known(spelling="int2/1x32*bf16+bf16", preset="INT2", about="weight-only, groups of 32, asymmetric"),
     Known(spelling="int7/row", about="weight-only, odd width"),

@@ -10,9 +10,9 @@ The scale of a block follows from amax, its largest magnitude, and emax = floor(
 Sources: OCP MX v1.0 sections 5 and 6.3; Mishra et al., arXiv 2506.08027 (rceil).
 """
 
-_MX = "OCP MX v1.0, section 5"
-
 from ..known import Known
+
+_MX = "OCP MX v1.0, section 5"
 
 KNOWN = (
     Known(spelling="e4m3/1x32*e8m0@e4m3/1x32*e8m0", preset="MXFP8", about="MXFP8 weights and activations", source=_MX),
