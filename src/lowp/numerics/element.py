@@ -189,12 +189,13 @@ class Element:
         """
         if self.kind == "identity":
             return x.to(self.native)
+        x = x.to(torch.float32)
         if self.kind == "int":
             return x.round().clamp(self.qmin, self.qmax).to(self.dtype)
         if self.native is not None and saturate:
             return x.clamp(self.min, self.max).to(self.native)
         if self.kind == "float" and self.specials == "none":
-            return self._encode_float(x.to(torch.float32))
+            return self._encode_float(x)
         return self.from_codes(self.encode_by_table(x, saturate=saturate))
 
     def _encode_float(self, x: Tensor) -> Tensor:
