@@ -25,6 +25,7 @@ from ..errors import MisfitError, TensorRuleError
 from ..layouts import Spec, layout_of
 from ..layouts.base import Packed
 from ..numerics import Format, Parts, Scheme, dequantize, quantize
+from .sharding import from_gathered, to_gather
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -197,6 +198,19 @@ class QTensor(Tensor):
                 "call .dequantize() on it first if floats are what you want."
             )
         return rule(func, args, kwargs or {})
+
+    def fsdp_pre_all_gather(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any) -> Any:
+        """What FSDP2 gathers: the packed bytes (see `sharding.py`)."""
+        return to_gather(self, tuple(outer_size))
+
+    def fsdp_post_all_gather(
+        self, gathered: Any, known: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Any:
+        """The whole parameter, a view of what FSDP2 gathered; with `out` it is the one made before, in the same memory."""
+        if out is not None:
+            return None
+        packed, spec, dtype = from_gathered(tuple(gathered), known, param_dtype)
+        return QTensor(packed, spec, dtype=dtype), tuple(gathered)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (

@@ -62,7 +62,7 @@ def _clone(func: Any, args: Any, kwargs: Any) -> QTensor:
 
 @rule(aten.contiguous.default)
 def _contiguous(func: Any, args: Any, kwargs: Any) -> QTensor:
-    return args[0]
+    return args[0].map(torch.Tensor.contiguous)
 
 
 @rule(aten.is_pinned.default)
@@ -509,3 +509,33 @@ def _embedding(func: Any, args: Any, kwargs: Any) -> Tensor:
 def _convolution(func: Any, args: Any, kwargs: Any) -> Tensor:
     x, w, *rest = args
     return func(x, w.dequantize(x.dtype), *rest)  # a convolution reads its weight as floats: the saving is in memory
+
+
+# -- between processes ------------------------------------------------------------------------------------------------
+
+
+def _communicate() -> None:
+    """Rules for the collectives that DTensor uses to place a parameter: each packed tensor travels as bytes."""
+    if not torch.distributed.is_available():
+        return
+    c10d = torch.ops.c10d
+
+    def each(tensors: Any, name: str) -> Any:
+        if isinstance(tensors, (list, tuple)):
+            return [each(tensor, name) for tensor in tensors]
+        # A cut across K shows contiguous strides, its packed tensors do not: a pack that is written to is always contiguous.
+        inner = tensors.packed[name].contiguous()
+        return inner.view(torch.uint8) if inner.dim() else inner
+
+    @rule(c10d.scatter_.default, c10d.broadcast_.default, c10d.allgather_.default)
+    def collective(func: Any, args: Any, kwargs: Any) -> Any:
+        first = args[0][0]
+        names = (first[0] if isinstance(first, (list, tuple)) else first).packed
+        tensors = 1 if func is c10d.broadcast_.default else 2
+        works = [func(*(each(arg, name) for arg in args[:tensors]), *args[tensors:], **kwargs) for name in names]
+        for work in works[:-1]:
+            work[-1].wait()
+        return (args[0], works[-1][-1])
+
+
+_communicate()
