@@ -22,6 +22,8 @@ import math
 import re
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import MisfitError, SpellingError
 from .element import Element
 from .formats import ELEMENTS, KNOWN, PRESETS
@@ -154,6 +156,16 @@ class Format:
         return self.element.bits + (scale_bits + zero_point_bits) * blocks / numel
 
     # -- quality ------------------------------------------------------------------------------------------------------
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """How far a kernel's result may be from the reference, ||y - reference|| / ||reference||, for results in `dtype`.
+
+        It covers the rounding of the result and of operands to `dtype`, twice its unit roundoff, sums in another order, and
+        a zero point that a kernel keeps in bfloat16 as a product with the scale.
+        """
+        roundoff = torch.finfo(dtype).eps
+        kept_in_bf16 = torch.finfo(torch.bfloat16).eps / 4 if self.zero_point else 0.0
+        return max(2 * roundoff, 1e-5) + kept_in_bf16
 
     @property
     def source(self) -> str:

@@ -49,7 +49,8 @@ def from_gathered(
         shape = wanted[name][0]
         if tensor.numel() != torch.Size(shape).numel() * kind.itemsize:
             raise MisfitError(
-                f"FSDP wants {name} of {spec.scheme} {spec.shape} in equal shards, got {tensor.numel()} bytes: choose a number of ranks that divides the rows."
+                f"FSDP wants {name} of {spec.scheme} {spec.shape} in equal shards, got {tensor.numel()} bytes: "
+                "choose a number of ranks that divides the rows."
             )
         packed[name] = tensor.view(-1).view(kind).view(shape)
     order = [name for name in wanted if name in packed] + [name for name in packed if name not in wanted]

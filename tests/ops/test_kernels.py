@@ -1,0 +1,168 @@
+"""Every kernel against the reference, over the kernel table: a new kernel needs no new test, only `cases`.
+
+For each kernel, case, dtype and batch: where `why_not` says "" the result matches the reference within the format's
+tolerance, with its inputs drawn anew and torch's uninitialised memory poisoned; where it does not, it says why.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lowp.errors import KernelError
+from lowp.numerics import Parts, Scheme, known_formats
+from lowp.numerics.compare import relative_error
+from lowp.ops import Case, best_layout, embedding, explain, kernels_of, linear, matmul, pick, strict
+from lowp.ops.embedding import reference as embedding_reference
+from lowp.ops.linear import reference as linear_reference
+from lowp.ops.matmul import reference as matmul_reference
+from lowp.ops.registry import case_of, why_not_from_plain
+from lowp.tensor import QTensor
+
+N, K = 128, 256
+SCHEMES = tuple(known.spelling for known in known_formats())
+LINEAR = [(kernel, scheme) for kernel in kernels_of("linear") for scheme in (kernel.cases or SCHEMES)]
+
+
+def packed_for(kernel, scheme, dtype, device, *, shape=(N, K), **extras):
+    """A weight in the layout the kernel wants, or the reason why it cannot run here."""
+    weight = torch.randn(shape, device=device, dtype=dtype) * 0.05
+    q = QTensor.quantize(weight, scheme)
+    if extras:
+        q = QTensor.from_parts(q.parts().replace(**extras), scheme, dtype=dtype)
+    x = torch.empty(0, shape[-1], device=device, dtype=dtype)
+    why_not = why_not_from_plain(kernel, case_of(kernel.op, x, q.packed, q.spec))
+    return (q, why_not) if why_not else (q.to_layout(kernel.layout or "plain"), "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("kernel", "scheme"), LINEAR, ids=[f"{kernel.name}-{scheme}" for kernel, scheme in LINEAR])
+def test_linear_kernels_match_the_reference(kernel, scheme, dtype, device, poison):
+    q, why_not = packed_for(kernel, scheme, dtype, device)
+    if why_not:
+        assert why_not.startswith("wants"), why_not
+        return
+    bias = torch.randn(N, device=device, dtype=dtype)
+    for batch in (1, 16, 33):
+        x = torch.randn(batch, K, device=device, dtype=dtype)
+        b = bias if batch > 1 else None
+        y = kernel.run(x, q.packed, q.spec, b)
+        assert (y.dtype, y.shape) == (dtype, (batch, N))
+        assert relative_error(linear_reference(x, q.packed, q.spec, b), y) <= q.format.tolerance(dtype)
+
+
+@pytest.mark.parametrize(("kernel", "scheme"), LINEAR, ids=[f"{kernel.name}-{scheme}" for kernel, scheme in LINEAR])
+def test_linear_with_pre_scale_and_static_scale(kernel, scheme, device):
+    act = Scheme.parse(scheme).act
+    extras = {"act_pre_scale": torch.rand(K, device=device) + 0.5}
+    if act is not None and act.block in ("row", "tensor") and not act.zero_point and act.nested is None:
+        extras["act_scale"] = torch.full((), 4.0 / act.element.max, device=device)
+    q, why_not = packed_for(kernel, scheme, torch.bfloat16, device, **extras)
+    if why_not:
+        assert why_not.startswith("wants"), why_not
+        return
+    x = torch.randn(20, K, device=device, dtype=torch.bfloat16)
+    y = kernel.run(x, q.packed, q.spec, None)
+    # x * act_pre_scale is rounded to bfloat16 before it is quantized, so codes near a tie may differ by one
+    assert relative_error(linear_reference(x, q.packed, q.spec), y) <= 3 * q.format.tolerance(torch.bfloat16)
+
+
+def test_the_reference_is_the_definition(device):
+    """y = act_quantize(x) @ ((qdata - zero_point) * scale).T + bias, written out once more by hand."""
+    q = QTensor.quantize(torch.randn(N, K, device=device), "int4/1x64+fp32@int8/row")
+    parts, x, bias = q.parts(), torch.randn(7, K, device=device), torch.randn(N, device=device)
+    spread = {name: getattr(parts, name).repeat_interleave(64, dim=1) for name in ("scale", "zero_point")}
+    weight = (parts.qdata.float() - spread["zero_point"]) * spread["scale"]
+    x_scale = x.abs().amax(dim=1, keepdim=True) / 127
+    y = ((x / x_scale).round() * x_scale) @ weight.T + bias
+    assert relative_error(y, linear_reference(x, q.packed, q.spec, bias)) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_embedding_kernels_match_the_reference(scheme, device):
+    q = QTensor.quantize(torch.randn(N, K, device=device), scheme.split("@")[0])
+    ids = torch.randint(0, N, (3, 5), device=device)
+    expected = embedding_reference(ids, q.packed, q.spec, torch.bfloat16)
+    for kernel in kernels_of("embedding"):
+        if not kernel.why_not(case_of("embedding", ids, q.packed, q.spec)):
+            assert torch.equal(kernel.run(ids, q.packed, q.spec, torch.bfloat16), expected)
+    assert torch.equal(embedding(ids, q.packed, q.spec, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_matmul_of_stacked_experts(scheme, device):
+    q = QTensor.quantize(torch.randn(2, 128, 256, device=device), scheme.split("@")[0])
+    x = torch.randn(2, 6, 128, device=device)
+    y = matmul(x, q.packed, q.spec)
+    assert y.shape == (2, 6, 256)
+    assert relative_error(x @ q.dequantize(), y) < 1e-5
+    assert relative_error(matmul_reference(x, q.packed, q.spec), y) < 1e-5
+
+
+def test_leading_axes_empty_batches_and_nan(device):
+    q = QTensor.quantize(torch.randn(N, K, device=device), "int8/row@int8/row")
+    assert linear(torch.randn(2, 3, K, device=device), q.packed, q.spec).shape == (2, 3, N)
+    assert linear(torch.randn(0, K, device=device), q.packed, q.spec).shape == (0, N)
+    x = torch.randn(4, K, device=device)
+    x[1, 5] = torch.nan
+    y = linear(x, q.packed, q.spec)
+    assert y[1].isnan().all(), "a NaN must stay visible"
+    assert y[[0, 2, 3]].isfinite().all(), "and stay in its token"
+
+
+def test_fp16_does_not_overflow_where_the_result_is_finite(device):
+    """int32 sums of large codes pass 65504 long before they are scaled: the scaling must come first."""
+    for scheme in ("int8/row@int8/row", "int8/row", "int4/1x128*bf16", "e4m3/row@e4m3/row"):
+        q = QTensor.quantize(torch.full((N, K), 0.01, device=device, dtype=torch.float16), scheme)
+        y = linear(torch.full((32, K), 300.0, device=device, dtype=torch.float16), q.packed, q.spec)
+        assert y.isfinite().all() and y.mean().item() == pytest.approx(300 * 0.01 * K, rel=0.05), scheme
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("op", ["linear", "matmul", "embedding"])
+def test_every_scheme_runs_on_every_device_and_explain_agrees_with_pick(op, scheme, device):
+    verdicts = explain(op, scheme, device=str(device), shape=(N, K))
+    assert [v.chosen for v in verdicts].count(True) == 1
+    assert all(v.why_not.startswith(("wants", "a scheme")) for v in verdicts if v.why_not), [v.why_not for v in verdicts]
+    chosen = next(v for v in verdicts if v.chosen)
+    base = dataclasses.replace(Case(op=op, scheme=scheme, device=device.type, shape=(N, K)), sm=90 if device.type == "cuda" else 0)
+    if device.type == "cpu":
+        assert pick(dataclasses.replace(base, layout=chosen.kernel.layout or "plain")) is chosen.kernel
+
+
+def test_best_layout_serves_all_ops_of_a_tied_weight():
+    case = Case(op="linear", scheme="int4/1x128*bf16", shape=(N, K))
+    assert best_layout(("linear",), case)[0] == "int4pack_cpu"
+    layout, kernels, why = best_layout(("embedding", "linear"), case)
+    assert layout == "plain" and [kernel.op for kernel in kernels] == ["embedding", "linear"]
+    assert "embedding by gather" in why and "fallback" in why
+    layout, kernels, _ = best_layout(("embedding", "linear"), dataclasses.replace(case, scheme="int8/row"))
+    assert [kernel.name for kernel in kernels] == ["gather", "int8pack_cpu"]
+
+
+def test_strict_refuses_a_fallback_and_says_why(device):
+    q = QTensor.quantize(torch.randn(N, K, device=device), "nf4/1x64*bf16")
+    x = torch.randn(4, K, device=device)
+    linear(x, q.packed, q.spec)
+    with strict(), pytest.raises(KernelError, match=r"int_mm: wants .*; scaled_mm: wants"):
+        linear(x, q.packed, q.spec)
+    linear(x, q.packed, q.spec)
+
+
+def test_a_kernel_that_cannot_be_imported_says_so(monkeypatch):
+    from lowp.ops import registry
+
+    def broken(name):
+        raise ImportError("No module named 'triton'", name="triton")
+
+    monkeypatch.setattr(registry.importlib, "import_module", broken)
+    (kernel,) = registry._load("lowp.kernels.triton_.something", object())
+    assert "triton" in kernel.why_not(Case(op="linear", scheme="int8/row"))
+
+
+def test_parts_know_their_names():
+    with pytest.raises(TypeError):
+        Parts.of({"qdata": torch.zeros(1), "colour": torch.zeros(1)})
