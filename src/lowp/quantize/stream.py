@@ -40,7 +40,7 @@ from .method import method_of
 from .shards import Shapes, Shard, Stored
 
 JOURNAL = "journal.jsonl"
-_SLAB = 1 << 22  # elements that are quantized at once: 16 MiB in float32
+_SLAB = 1 << 20  # elements that are quantized at once: 4 MiB in float32, which a processor's cache holds
 _DURABLE = 1 << 27  # bytes written (128 MiB) or seconds passed between two entries of finished tensors in the journal
 _SECONDS = 5.0
 _BY_ROWS = ("absmax", "mse")  # methods that look at nothing beyond a block
@@ -203,16 +203,19 @@ def _quantized(
     """The parts of a slab by full name, and the squared norms of its error and of itself."""
     assert unit.row is not None and unit.scheme is not None
     weight = slab.to(device).view(_slab_shape(unit, slab))
-    if not bool(weight.isfinite().all()):
+    weight = weight if weight.dtype == torch.float64 else weight.to(torch.float32)
+    signal = _squares(weight)
+    if not math.isfinite(signal):
         raise _not_finite(unit)
     quantized = quantize_weight(weight, unit.scheme, method=method, name=unit.name, kind=unit.row.kind)
-    noise, signal = _squares(weight, quantized.dequantize(torch.float32))
+    noise = _squares(quantized.dequantize(weight.dtype).sub_(weight))
     return {f"{unit.name}.{part}": tensor for part, tensor in quantized.packed.items()}, (noise, signal)
 
 
-def _squares(weight: Tensor, other: Tensor) -> tuple[float, float]:
-    exact = weight.to(torch.float32)
-    return (exact - other).square_().sum(dtype=torch.float64).item(), exact.square().sum(dtype=torch.float64).item()
+def _squares(x: Tensor) -> float:
+    """The squared norm of a slab: of each row in the slab's precision, of all rows in float64."""
+    total = x.norm(dim=-1).double().square().sum().item()
+    return total if math.isfinite(total) else x.double().square().sum().item()
 
 
 def _slab_shape(unit: Unit, slab: Tensor) -> tuple[int, ...]:
@@ -330,7 +333,7 @@ def _job(units: Sequence[Unit], laid_out: Sequence[Shard], method: str, device: 
         torch.device(device).type,
         {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()},
         [(u.name, u.scheme, u.step, [(str(p.path), p.offset, p.shape) for p in u.source.pieces]) for u in units],
-        [shard.header.decode() for shard in laid_out],
+        [hashlib.sha256(shard.header).hexdigest() for shard in laid_out],
     ]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
