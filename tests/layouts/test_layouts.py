@@ -21,7 +21,9 @@ def raw(tensor: torch.Tensor) -> torch.Tensor:
 
 def same(a: Parts, b: Parts) -> bool:
     a, b = a.tensors(), b.tensors()
-    return list(a) == list(b) and all(a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(raw(a[n]), raw(b[n])) for n in a)
+    return list(a) == list(b) and all(
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape and torch.equal(raw(a[n]), raw(b[n])) for n in a
+    )
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -43,7 +45,10 @@ def test_unpack_is_the_inverse_of_pack(name, spelling, device):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_holds_some_known_format_or_says_why_not(name):
-    answers = [LAYOUTS[name].why_not(Format.parse(spelling), (128, 512), LAYOUTS[name].device or "cpu") for spelling in SPELLINGS]
+    answers = [
+        LAYOUTS[name].why_not(Format.parse(spelling), (128, 512), LAYOUTS[name].device or "cpu")
+        for spelling in SPELLINGS
+    ]
     assert "" in answers
     assert all(answer == "" or answer.startswith(("wants", *SPELLINGS)) for answer in answers)
 
@@ -73,7 +78,13 @@ def test_a_cut_is_a_view_and_a_cut_through_a_block_is_an_error():
     with pytest.raises(MisfitError, match="multiples of 64"):
         cut(q.packed, q.spec, 1, 0, 96)
     with pytest.raises(MisfitError, match="splits a byte"):
-        cut(QTensor.quantize(torch.randn(4, 32), "int3/row").packed, Spec(scheme="int3/row", layout="plain", shape=(4, 32)), 1, 0, 3)
+        cut(
+            QTensor.quantize(torch.randn(4, 32), "int3/row").packed,
+            Spec(scheme="int3/row", layout="plain", shape=(4, 32)),
+            1,
+            0,
+            3,
+        )
 
 
 def test_unknown_layout_and_misfit():

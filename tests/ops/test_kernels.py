@@ -126,9 +126,13 @@ def test_fp16_does_not_overflow_where_the_result_is_finite(device):
 def test_every_scheme_runs_on_every_device_and_explain_agrees_with_pick(op, scheme, device):
     verdicts = explain(op, scheme, device=str(device), shape=(N, K))
     assert [v.chosen for v in verdicts].count(True) == 1
-    assert all(v.why_not.startswith(("wants", "a scheme")) for v in verdicts if v.why_not), [v.why_not for v in verdicts]
+    assert all(v.why_not.startswith(("wants", "a scheme")) for v in verdicts if v.why_not), [
+        v.why_not for v in verdicts
+    ]
     chosen = next(v for v in verdicts if v.chosen)
-    base = dataclasses.replace(Case(op=op, scheme=scheme, device=device.type, shape=(N, K)), sm=90 if device.type == "cuda" else 0)
+    base = dataclasses.replace(
+        Case(op=op, scheme=scheme, device=device.type, shape=(N, K)), sm=90 if device.type == "cuda" else 0
+    )
     if device.type == "cpu":
         assert pick(dataclasses.replace(base, layout=chosen.kernel.layout or "plain")) is chosen.kernel
 

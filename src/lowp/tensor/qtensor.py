@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MisfitError, TensorRuleError
 from ..layouts import Spec, layout_of
@@ -186,6 +186,10 @@ class QTensor(Tensor):
         spec = Spec(scheme=scheme, layout=layout, shape=tuple(shape))
         return QTensor(dict(packed), spec, dtype=dtype, shape=tuple(outer_size), transposed=transposed)
 
+    def _stable_hash_for_caching(self) -> str:
+        """What torch.compile's cache on disk keys on: the metadata, not the numbers."""
+        return repr((self.__tensor_flatten__(), tuple(self.shape)))
+
     # Functions decompose into aten operators first; dynamo has nothing of ours to trace.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -213,33 +217,21 @@ class QTensor(Tensor):
         return QTensor(packed, spec, dtype=dtype), tuple(gathered)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (
-            self.packed,
-            self.spec.scheme,
-            self.spec.layout,
-            self.spec.shape,
-            self.dtype,
-            tuple(self.shape),
-            self.transposed,
-        )
+        spec, is_parameter = self.spec, isinstance(self, nn.Parameter)
+        metadata = (spec.scheme, spec.layout, spec.shape, self.dtype, tuple(self.shape), self.transposed, is_parameter)
+        return _rebuild, (self.packed, metadata)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         where = f"dtype={self.dtype}, device={self.device}, layout={self.spec.layout}"
         return f"QTensor({self.spec.scheme}, shape={tuple(self.shape)}, {where})"
 
 
-def _rebuild(
-    packed: Packed,
-    scheme: str,
-    layout: str,
-    base_shape: tuple[int, ...],
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    transposed: bool,
-) -> QTensor:
+def _rebuild(packed: Packed, metadata: tuple[Any, ...]) -> Tensor:
     """What torch.load calls: the one function to allow besides torch's own."""
+    scheme, layout, base_shape, dtype, shape, transposed, is_parameter = metadata
     spec = Spec(scheme=scheme, layout=layout, shape=tuple(base_shape))
-    return QTensor(dict(packed), spec, dtype=dtype, shape=tuple(shape), transposed=transposed)
+    made = QTensor(dict(packed), spec, dtype=dtype, shape=tuple(shape), transposed=transposed)
+    return nn.Parameter(made, requires_grad=False) if is_parameter else made
 
 
 torch.serialization.add_safe_globals([_rebuild, QTensor])
