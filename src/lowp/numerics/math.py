@@ -180,7 +180,8 @@ def _absmax(blocks: Tensor, fmt: Format) -> Choice:
 
 
 def _absmean(blocks: Tensor, fmt: Format) -> Choice:
-    return blocks.abs().mean(dim=(-3, -1)), None
+    count = blocks.shape[-3] * blocks.shape[-1]
+    return (blocks.abs() / count).sum(dim=(-3, -1)), None  # divided first: the sum of huge numbers may overflow
 
 
 def _symmetric(blocks: Tensor, fmt: Format) -> Choice:
@@ -190,7 +191,8 @@ def _symmetric(blocks: Tensor, fmt: Format) -> Choice:
 def _noclip(blocks: Tensor, fmt: Format) -> Choice:
     low = blocks.amin(dim=(-3, -1)).clamp(max=0)
     high = blocks.amax(dim=(-3, -1)).clamp(min=0)
-    scale = low / fmt.element.min if fmt.element.min < 0 else torch.zeros_like(low)
+    # An unsigned element holds no negative number, but an infinite one must not vanish.
+    scale = low / fmt.element.min if fmt.element.min < 0 else torch.where(low.isinf(), -low, 0.0)
     return (torch.maximum(scale, high / fmt.element.max) if fmt.element.max > 0 else scale), None
 
 
@@ -204,7 +206,7 @@ def _asymmetric(blocks: Tensor, fmt: Format) -> Choice:
 
 
 def _centered(blocks: Tensor, fmt: Format) -> Choice:
-    mean = blocks.mean()
+    mean = (blocks / blocks.numel()).sum()
     return _amax(blocks - mean) / fmt.element.max, mean.expand(blocks.shape[:-3] + blocks.shape[-2:-1])
 
 
