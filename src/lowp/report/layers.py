@@ -33,7 +33,7 @@ class Evaluation:
 
     Args:
         name: what it is called in tables. scheme: of most of its quantized weights, "" where none is quantized.
-        bytes_before, bytes_after: of all parameters, as stored. bits: a quantized weight, scales included.
+        bytes_before, bytes_after: of all parameters, as stored. bits: a weight in that scheme, scales included, as stored.
         quality: on the text. rows: layer by layer. output_errors: by the layer's name, where they were asked for.
     """
 
@@ -76,17 +76,18 @@ def evaluation(
         rows: from `quantize_`, where it was just called; None: read off the two models.
     """
     rows = layer_rows(model, original, floats) if rows is None else rows
-    quantized = [row for row in rows if row.scheme]
-    weights = sum(math.prod(row.shape) for row in quantized)
     by_scheme: dict[str, int] = {}
-    for row in quantized:
-        by_scheme[str(row.scheme)] = by_scheme.get(str(row.scheme), 0) + math.prod(row.shape)
+    for row in rows:
+        if row.scheme:
+            by_scheme[row.scheme] = by_scheme.get(row.scheme, 0) + math.prod(row.shape)
+    scheme = max(by_scheme, key=lambda name: by_scheme[name], default="")
+    held = sum(row.bytes_after for row in rows if row.scheme == scheme)
     return Evaluation(
         name=name,
-        scheme=max(by_scheme, key=lambda scheme: by_scheme[scheme], default=""),
+        scheme=scheme,
         bytes_before=model_bytes(original, floats),
         bytes_after=model_bytes(model, floats),
-        bits=8 * sum(row.bytes_after for row in quantized) / weights if weights else math.nan,
+        bits=8 * held / by_scheme[scheme] if scheme else math.nan,
         quality=quality,
         rows=rows,
         output_errors=output_errors or {},
@@ -107,6 +108,16 @@ def _bytes(tensor: Tensor, floats: torch.dtype | None) -> int:
         return tensor.packed_nbytes
     counted = floats if floats is not None and tensor.is_floating_point() else tensor.dtype
     return tensor.numel() * counted.itemsize
+
+
+def counted_as(rows: tuple[ReportRow, ...], floats: torch.dtype) -> tuple[ReportRow, ...]:
+    """The rows of a report with float tensors counted as stored in `floats`, whatever they were computed in."""
+
+    def one(row: ReportRow) -> ReportRow:
+        stored = math.prod(row.shape) * floats.itemsize
+        return dataclasses.replace(row, bytes_before=stored, bytes_after=row.bytes_after if row.scheme else stored)
+
+    return tuple(map(one, rows))
 
 
 def layer_rows(model: nn.Module, original: nn.Module, floats: torch.dtype | None = None) -> tuple[ReportRow, ...]:
