@@ -7,7 +7,8 @@ kernel must be able to drop it). Then the process is run again without limit for
     PYTHONPATH=src python benchmarks/quantize_stream.py [--scratch DIR] [--gb 8] [--limit-gb 2]
 
 Peak memory is the largest resident set that the kernel has seen (VmHWM, from getrusage of the child). Rows are appended to
-results/quantize_stream.csv; the time is only worth something on an idle machine, the processor time on any. Without the right to make a cgroup the run is not limited, and its row says so.
+results/quantize_stream.csv. The time is worth something on an idle machine only, the processor time on any. Without the right
+to make a cgroup the run is not limited, and its row says so.
 """
 
 from __future__ import annotations

@@ -29,6 +29,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("models") / "llama")
 
 
+@pytest.fixture
+def new_llama():
+    """new_llama(folder, layers=2, tied=True, dtype=torch.bfloat16, shard="50MB") writes one."""
+    return make_llama
+
+
 class Answer:
     """What a command answered: exit code, stdout, stderr."""
 

@@ -139,7 +139,8 @@ def _run(
         TimeRemainingColumn(),
         TextColumn("{task.fields[name]}"),
     )
-    with Progress(*columns, console=progress_console(), disable=quiet, transient=True) as bar:
+    console = progress_console()
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
         task = bar.add_task("quantize", total=None, name="")
 
         def progress(name: str, done: int, total: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, LowpError, QuantizedError
-from ..quantize.checkpoint import is_ours, load_into
+from ..quantize.checkpoint import check_floats, is_ours, load_into
 from ..quantize.shards import Stored, check_directory, read_json
 from ..quantize.stream import Source
 
@@ -188,9 +188,12 @@ def _source(name: str, shape: tuple[int, ...], pieces: tuple[Stored, ...]) -> So
 def _take_dtypes(model: nn.Module, found: Mapping[str, Source], tied: Mapping[str, str]) -> None:
     """Give the parameters on the meta device the dtypes that the files have, so that a plan sees what will be read."""
     made: dict[str, nn.Parameter] = {}
-    for name, other in ((n, tied.get(n, n)) for n in dict(model.named_parameters(remove_duplicate=False))):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        other = tied.get(name, name)
         if other not in made:
             source = found[other]
+            if parameter.is_floating_point():
+                check_floats(other, source.pieces[0])
             tensor = torch.empty(source.shape, dtype=source.dtype, device="meta")
             made[other] = nn.Parameter(tensor, requires_grad=False)
         module_name, _, last = name.rpartition(".")
