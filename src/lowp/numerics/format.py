@@ -50,7 +50,8 @@ class Format:
         scale: a name of `SCALE_DTYPES`, or the Format that the scale itself is quantized in.
         zero_point: None (symmetric) or a name of `ZERO_POINTS`.
         rule: how the scale is chosen.
-        wraps: a block of one row may run on into the next rows, row-major: so the scales of a scale are counted (QLoRA).
+        wraps: a block of one row may run on into the next rows, row-major, and takes at most its size: so the scales of a
+            scale are counted (QLoRA).
 
     Example:
         >>> Format.parse("int4/1x128*bf16").bits((4096, 4096))
@@ -126,8 +127,8 @@ class Format:
         if self.block == "row":
             return 1, columns
         bn, bk = (int(size) for size in self.block.split("x"))
-        if self.wraps and bn == 1 and columns and bk % columns == 0:
-            bn, bk = bk // columns, columns
+        if self.wraps and bn == 1:
+            return _wrapped(rows, columns, bk)
         if len(shape) == 1 and bn != 1:
             raise MisfitError(
                 f"{self} wants a matrix, got shape {tuple(shape)}: use a block of one row, such as 1x{bk}."
@@ -174,6 +175,13 @@ class Format:
             (known.source for known in KNOWN if known.spelling.split("@")[0] == str(self) and known.source),
             self.element.source,
         )
+
+
+def _wrapped(rows: int, columns: int, at_most: int) -> tuple[int, int]:
+    """The largest block of whole rows, or of a part of one, that holds at most so many and divides the shape."""
+    if columns >= at_most:
+        return 1, max(size for size in range(1, at_most + 1) if columns % size == 0)
+    return max(count for count in range(1, at_most // max(columns, 1) + 1) if rows % count == 0), columns
 
 
 def _advice(bn: int, bk: int, rows: int, columns: int) -> str:

@@ -46,7 +46,6 @@ def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 @rule(
     aten.detach.default,
     aten.alias.default,
-    aten.pin_memory.default,
     aten.view_as.default,
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
@@ -63,6 +62,11 @@ def _clone(func: Any, args: Any, kwargs: Any) -> QTensor:
 @rule(aten.contiguous.default)
 def _contiguous(func: Any, args: Any, kwargs: Any) -> QTensor:
     return args[0].map(torch.Tensor.contiguous)
+
+
+@rule(aten._pin_memory.default)
+def _pin_memory(func: Any, args: Any, kwargs: Any) -> QTensor:
+    return args[0].map(torch.Tensor.pin_memory)
 
 
 @rule(aten.is_pinned.default)
@@ -340,6 +344,8 @@ def _cat_one(name: str, tensors: list[Tensor], axis: int, wanted: dict[str, Any]
         and sum(t.shape[axis] for t in tensors) == wanted[name][0][axis]
         and tensors[0].shape[axis] != wanted[name][0][axis]
     ):
+        if tensors[0].element_size() == 1:  # as bytes: torch cannot concatenate every 8-bit dtype on every device
+            return torch.cat([t.view(torch.uint8) for t in tensors], dim=axis).view(tensors[0].dtype)
         return torch.cat(tensors, dim=axis)
     if all(torch.equal(_bytes(t), _bytes(tensors[0])) for t in tensors[1:]):
         return tensors[0]  # one scale for all of them, and it is the same
