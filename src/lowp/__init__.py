@@ -1,15 +1,19 @@
 """lowp: PyTorch models in few bits, from training to serving.
 
->>> import lowp
->>> report = lowp.quantize_(model, {"lm_head": None, "*": lowp.INT4})
->>> print(report)
+>>> import torch, lowp
+>>> model = torch.nn.Sequential(torch.nn.Linear(256, 256))
+>>> report = lowp.quantize_(model, {"*": lowp.INT4}, method="hqq")
+>>> model[0].weight
+QTensor(int4/1x128*bf16, shape=(256, 256), dtype=torch.float32, device=cpu, layout=int4pack_cpu)
 """
 
 from . import methods as _methods  # noqa: F401  (registers the methods)
 from .errors import LowpError
+from .integrations import load
 from .numerics import PRESETS as _PRESETS
 from .ops import explain, strict
 from .quantize import dequantize_, plan, quantize_
+from .quantize.checkpoint import save
 from .tensor import QTensor
 
 # The presets, each a spelling: lowp.INT4 == "int4/1x128*bf16". They come from the rows of numerics/formats.
@@ -24,4 +28,4 @@ def __getattr__(name: str) -> str:
     raise AttributeError(f"module 'lowp' has no attribute {name!r}")
 
 
-__all__ = ["LowpError", "QTensor", "dequantize_", "explain", "plan", "quantize_", "strict", *_PRESETS]
+__all__ = ["LowpError", "QTensor", "dequantize_", "explain", "load", "plan", "quantize_", "save", "strict", *_PRESETS]

@@ -29,8 +29,8 @@ class SpellingError(LowpError, ValueError):
     def of(cls, what: str, got: str, known: Iterable[str]) -> SpellingError:
         """An error that names the nearest known spellings.
 
-        >>> str(SpellingError.of("element", "int44", ["int4", "int8"]))
-        "unknown element 'int44': did you mean 'int4'? Known: int4, int8"
+        >>> str(SpellingError.of("element", "int44", ["int4", "e4m3"]))
+        "unknown element 'int44': did you mean 'int4'? Known: e4m3, int4"
         """
         names = sorted(set(known))
         near = difflib.get_close_matches(got, names, n=3, cutoff=0.5)

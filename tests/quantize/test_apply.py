@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from torch import nn
-from .test_match import Model
 
 import lowp
 from lowp.errors import KernelError, MisfitError, QuantizedError
@@ -15,6 +14,8 @@ from lowp.numerics import PRESETS, Scheme, dequantize, quantize
 from lowp.numerics.compare import relative_error
 from lowp.quantize import quantize_weight
 from lowp.tensor import QTensor
+
+from .test_match import Model
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -231,7 +231,8 @@ def plan(
         SpellingError: an unknown scheme or method, a rule that matches nothing.
         MisfitError: a layer that cannot take its scheme. QuantizedError: a layer that is quantized already.
 
-    >>> print(plan(torch.nn.Sequential(torch.nn.Linear(64, 64)), "int8"))
+    >>> [(row.fqn, row.scheme) for row in plan(torch.nn.Sequential(torch.nn.Linear(64, 64)), "int8").rows]
+    [('0.weight', 'int8/row')]
     """
     return Plan(rows=tuple(row for _, row in planned(model, rules, method=method, device=device, on_misfit=on_misfit)))
 
