@@ -188,7 +188,8 @@ def record(rows: list[tuple]) -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-    device = f"cpu x{os.cpu_count()} ({processor()})"
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    device = f"cpu, {threads} of {os.cpu_count()} cores ({processor()})"
     path = ROOT / "benchmarks" / "results" / "quantize_stream.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
