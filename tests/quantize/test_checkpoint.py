@@ -416,6 +416,21 @@ def test_a_model_that_ties_what_the_files_keep_apart_is_an_error(tmp_path):
         load_into(model, tmp_path / "out")
 
 
+def test_a_buffer_without_numbers_is_named_and_the_model_stays(saved):
+    with torch.device("meta"):
+        model = small()
+        model[0].register_buffer("table", torch.zeros(3), persistent=False)
+    with pytest.raises(CheckpointError, match=r"0\.table is not part of a checkpoint"):
+        load_into(model, saved)
+    assert model[1].weight.device.type == "meta"
+
+
+def test_a_crash_while_replacing_is_mended_by_the_next_run(saved):
+    saved.rename(saved.with_name(f".{saved.name}.old"))
+    save(small(), saved)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
 def test_sizes_follow_from_the_format(saved):
     for name, meaning in read_contents(saved).meanings.items():
         found = {part: (s.shape, s.dtype) for part, s in read_contents(saved).parts(name).items()}

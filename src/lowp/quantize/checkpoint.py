@@ -310,14 +310,15 @@ def publish(work: Path, target: Path) -> None:
     for path in work.iterdir():
         files.sync(path)
     files.sync(work)
+    old = target.with_name(f".{target.name}.old")
     if target.exists():
-        old = target.with_name(f".{target.name}.old")
+        if old.exists():  # from a run that ended between the next two lines and was then repeated
+            shutil.rmtree(old)
         target.rename(old)
-        work.rename(target)
-        shutil.rmtree(old)
-    else:
-        work.rename(target)
+    work.rename(target)
     files.sync(target.parent)
+    if is_ours(old):
+        shutil.rmtree(old)
 
 
 @contextmanager
@@ -486,6 +487,7 @@ def load_into(
     own = state_of(model)
     _check_names(directory, own, state)
     _check_ties(directory, own, state)
+    others = _other_buffers(model, state)
     made: dict[int, Tensor] = {}
     for name, tensor in state.items():
         if id(tensor) not in made:
@@ -496,7 +498,8 @@ def load_into(
             module._parameters[last] = made[id(tensor)]  # type: ignore[assignment]
         else:
             module._buffers[last] = made[id(tensor)]
-    _move_other_buffers(model, state, device)
+    for module, last, buffer in others:
+        module._buffers[last] = buffer.to(device)
     repack(model)
     return model
 
@@ -536,7 +539,9 @@ def _as_own(tensor: Tensor, own: Tensor, dtype: torch.dtype | None) -> Tensor:
     return nn.Parameter(tensor, requires_grad=trainable)
 
 
-def _move_other_buffers(model: nn.Module, state: Mapping[str, Tensor], device: str | torch.device) -> None:
+def _other_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> list[tuple[nn.Module, str, Tensor]]:
+    """Module, name and value of each buffer that no checkpoint holds; one without data is a CheckpointError."""
+    found = []
     for module_name, module in model.named_modules():
         for name, buffer in module._buffers.items():
             fqn = f"{module_name}.{name}" if module_name else name
@@ -547,7 +552,8 @@ def _move_other_buffers(model: nn.Module, state: Mapping[str, Tensor], device: s
                     f"{fqn} is not part of a checkpoint and has no data in this model: "
                     "build it with real buffers, not under torch.device('meta')."
                 )
-            module._buffers[name] = buffer.to(device)
+            found.append((module, name, buffer))
+    return found
 
 
 def repack(model: nn.Module) -> None:
