@@ -38,8 +38,6 @@ def bench(
     json: Json = False,
 ) -> None:
     """Median time of each kernel and its ratio to torch's float op."""
-    import dataclasses
-
     from ..errors import KernelError
     from ..numerics import Scheme
     from ..report.bench import bench as timings_of
@@ -58,7 +56,7 @@ def bench(
     if csv:
         append(csv, [one.to_row() for one in right])
     if json:
-        print_json([dataclasses.asdict(one) | {"right": one.right} for one in found])
+        print_json([one.to_dict() for one in found])
     else:
         show(timing_table(found, f"{op} on {device_name(where)}, {dtype} activations"))
     if len(right) < len(found):

@@ -45,13 +45,13 @@ def evaluate(
     window: Window = 512,
     stride: Stride = 256,
     outputs: Outputs = False,
+    every: Every = False,
     device: Device = "cpu",
-    dtype: Every = Annotated[bool, typer.Option("--all", help="A line for every layer.")]
-DtypeOr = "",
+    dtype: DtypeOr = "",
     json: Json = False,
 ) -> None:
     """Perplexity, KL, top-1 agreement and error by layer, against the original."""
-    original, ids = prepared(against, text, tokens, device, dtype)
+    original, ids = prepared(against, text, tokens, window, stride, device, dtype)
     one = evaluated(directory, original, ids, device, dtype, window, stride, outputs=outputs, quiet=json)
     if json:
         print_json(one.to_dict() | {"against": against, "text": text, "window": window, "stride": stride})
@@ -59,7 +59,9 @@ DtypeOr = "",
     show(layer_table(one) if every else group_table(one), summary_table(directory, one))
 
 
-def prepared(against: str, text: str, tokens: int, device: str, dtype: str) -> tuple[Any, torch.Tensor]:
+def prepared(
+    against: str, text: str, tokens: int, window: int, stride: int, device: str, dtype: str
+) -> tuple[Any, torch.Tensor]:
     """The original model and the text's token ids.
 
     Raises:
@@ -68,10 +70,11 @@ def prepared(against: str, text: str, tokens: int, device: str, dtype: str) -> t
     from ..errors import MisfitError
     from ..integrations import transformers as hf
     from ..report import tokens_of
+    from ..report.evaluate import check_windows
 
+    check_windows(window, stride)
     if tokens < 0:
         raise MisfitError(f"--tokens wants a number of tokens, or 0 for the whole text, got {tokens}.")
-    where, floats = device_of(device), dtype_of(dtype) if dtype else None
     try:
         words = Path(text).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -79,7 +82,24 @@ def prepared(against: str, text: str, tokens: int, device: str, dtype: str) -> t
             f"{text} wants to be a text in UTF-8, got other bytes at {error.start}: name another file."
         ) from None
     ids = tokens_of(hf.tokenizer(against), words, tokens or None)
-    return hf.load(against, device=where, dtype=floats), ids
+    return load(against, device, dtype), ids
+
+
+def load(directory: str, device: str, dtype: str) -> Any:
+    """The model of a directory, without transformers' own progress bar."""
+    where, floats = device_of(device), dtype_of(dtype) if dtype else None
+    from ..integrations import transformers as hf
+
+    hf.configuration(directory)  # what is wrong with a directory is found before transformers is asked
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return hf.load(directory, device=where, dtype=floats)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def evaluated(
@@ -97,11 +117,10 @@ def evaluated(
     """Load a quantized checkpoint and measure it, under a progress bar."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..integrations import transformers as hf
     from ..report import evaluation, measure
     from ..report.layers import output_errors
 
-    model = hf.load(directory, device=device_of(device), dtype=dtype_of(dtype) if dtype else None)
+    model = load(directory, device, dtype)
     columns = (
         TextColumn("{task.percentage:>3.0f}%"),
         BarColumn(),

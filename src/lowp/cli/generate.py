@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, Directory, Json, device_of, dtype_of, print_json, show
-from .eval import DtypeOr
+from .app import Device, Directory, Json, print_json, show
+from .eval import DtypeOr, load
 
 Prompt = Annotated[str, typer.Option("--prompt", show_default=False, help="What the model goes on from.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="How many tokens to add at most.")]
@@ -33,9 +33,8 @@ def generate(
     from ..integrations import transformers as hf
     from ..report.continuation import continuation
 
-    where, floats = device_of(device), dtype_of(dtype) if dtype else None
     tokenizer = hf.tokenizer(directory)
-    model = hf.load(directory, device=where, dtype=floats)
+    model = load(directory, device, dtype)
     made = continuation(model, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if json:
         figures = {"tokens": made.tokens, "seconds": made.seconds, "tokens_per_second": made.rate}

@@ -42,7 +42,7 @@ def report(
     from ..report.results import device_name
 
     _check_target(out)
-    original, ids = prepared(against, text, tokens, device, dtype)
+    original, ids = prepared(against, text, tokens, window, stride, device, dtype)
     notes, found = progress_console(), []
     for directory, name in zip(directories, names_of(directories), strict=True):
         if not json:

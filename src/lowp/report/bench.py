@@ -10,6 +10,7 @@ is M, the number of tokens: 1 is decoding, large is prefill.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from ..ops.linear import reference as linear_reference
 from ..ops.matmul import reference as matmul_reference
 from ..ops.registry import explain
 from ..tensor import QTensor
-from .results import row
+from .results import plain, row
 
 OPS = ("linear", "matmul", "embedding")
 _SECONDS = 0.2  # how long each median is taken over
@@ -61,6 +62,11 @@ class Timing:
     def right(self) -> bool:
         """The result is within the format's tolerance; NaN is not."""
         return self.error <= self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        values: dict[str, Any] = plain(dataclasses.asdict(self))
+        return values | {"right": self.right}
 
     def to_row(self) -> dict[str, Any]:
         """A row of results, against bf16.

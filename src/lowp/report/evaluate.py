@@ -69,11 +69,7 @@ def windows(count: int, window: int, stride: int) -> list[Window]:
     >>> [(w.start, w.stop, w.first) for w in windows(10, 4, 3)]
     [(0, 4, 1), (3, 7, 4), (6, 10, 7)]
     """
-    if window < 2 or not 1 <= stride < window:
-        raise MisfitError(
-            f"windows want at least 2 tokens and a stride below their length, got window {window} and stride "
-            f"{stride}: try --window 512 --stride 256."
-        )
+    check_windows(window, stride)
     found, scored = [], 1
     for start in range(0, count, stride):
         if scored >= count:
@@ -82,6 +78,15 @@ def windows(count: int, window: int, stride: int) -> list[Window]:
         found.append(Window(start=max(0, stop - window), stop=stop, first=scored))
         scored = stop
     return found
+
+
+def check_windows(window: int, stride: int) -> None:
+    """A MisfitError unless windows of that length and stride overlap."""
+    if window < 2 or not 1 <= stride < window:
+        raise MisfitError(
+            f"windows want at least 2 tokens and a stride below their length, got window {window} and stride {stride}: "
+            "try --window 512 --stride 256."
+        )
 
 
 def tokens_of(tokenizer: Any, text: str, limit: int | None = None) -> Tensor:
@@ -152,6 +157,7 @@ def measure(
     Raises:
         MisfitError: too few tokens, tokens outside the vocabulary, models with different vocabularies.
     """
+    check_windows(window, stride)
     window = min(window, *(_longest(model, window) for model in (original, *models.values())), len(ids))
     stride = min(stride, window - 1)
     everything = (original, *models.values())

@@ -25,6 +25,7 @@ from ..quantize import ReportRow
 from ..quantize.match import Target, targets
 from ..tensor import QTensor
 from .evaluate import Quality
+from .results import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +49,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: what is not finite becomes None."""
-        return _plain(dataclasses.asdict(self))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return plain(dataclasses.asdict(self))
 
 
 def evaluation(

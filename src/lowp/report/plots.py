@@ -125,13 +125,14 @@ def _label(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     scale = 72 / axes.figure.dpi
     at = [tuple(value * scale for value in axes.transData.transform((x, y))) for x, y, _ in points]
     first, last = axes.bbox.x0 * scale + 2, axes.bbox.x1 * scale + 16
+    top = axes.bbox.y1 * scale
     taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in at]
     for (px, py), (x, y, name) in zip(at, points, strict=True):
         boxes = [_box(px + dx, py + dy, dx < 0, name) for dx, dy in _PLACES]
         free = (
             i
             for i, box in enumerate(boxes)
-            if first < box[0] and box[2] < last and not any(_overlap(box, other) for other in taken)
+            if first < box[0] and box[2] < last and box[3] < top and not any(_overlap(box, other) for other in taken)
         )
         index = next(free, 0)
         (dx, dy), box = _PLACES[index], boxes[index]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import math
 import os
 import platform
 import subprocess
@@ -81,6 +82,19 @@ def append(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> i
             writer.writeheader()
         writer.writerows(rows)
     return len(rows)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: tuples become lists, what is not finite becomes None.
+
+    >>> plain({"a": (1.0, float("inf"))})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def device_name(device: str | torch.device) -> str:
