@@ -71,6 +71,12 @@ class Element:
     ties: str = "even"
     source: str = ""
 
+    def __post_init__(self) -> None:
+        if (
+            self.kind != "identity"
+        ):  # now: until Python 3.12 the first look takes a lock, which torch.compile cannot trace
+            _ = self.values, self.min, self.max, self.largest, self.emax, self.tiny, self._lists
+
     # -- the table ----------------------------------------------------------------------------------------------------
 
     @functools.cached_property
@@ -256,6 +262,10 @@ class Element:
         away = noise < (x - below) / (above - below)
         return torch.where(away, codes + 1, codes).view(self.native)
 
+    @functools.cached_property
+    def _lists(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        return _search_lists(self)
+
     @property
     def _by_sign(self) -> bool:
         return self.kind == "float" and self.signed
@@ -278,7 +288,6 @@ class Element:
         return _constant(self, "ordered", device)
 
 
-@functools.cache
 def _search_lists(element: Element) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Codes in order of value, and the boundary below each but the first; the last rank is overflow."""
     ranked = sorted(
@@ -288,12 +297,12 @@ def _search_lists(element: Element) -> tuple[tuple[int, ...], tuple[float, ...]]
     )
     overflow_value = 2 * ranked[-1][0] - ranked[-2][0]
     ranked.append((overflow_value, _overflow_code(element, ranked[-1][1])))
-    boundaries = []
-    for (low, _), (high, code) in itertools.pairwise(ranked):
-        middle = torch.tensor((low + high) / 2, dtype=torch.float32, device="cpu")
-        up = element.ties == "up" or (element.ties == "even" and code % 2 == 0)
-        boundaries.append((middle if up else torch.nextafter(middle, torch.full_like(middle, math.inf))).item())
-    return tuple(code for _, code in ranked), tuple(boundaries)
+    pairs = list(itertools.pairwise(ranked))
+    middles = torch.tensor([(low + high) / 2 for (low, _), (high, _) in pairs], dtype=torch.float32, device="cpu")
+    up = [element.ties == "up" or (element.ties == "even" and code % 2 == 0) for _, (_, code) in pairs]
+    above = torch.nextafter(middles, torch.full_like(middles, math.inf))
+    boundaries = torch.where(torch.tensor(up, device="cpu"), middles, above)
+    return tuple(code for _, code in ranked), tuple(boundaries.tolist())
 
 
 def _overflow_code(element: Element, top_code: int) -> int:
@@ -309,7 +318,7 @@ def _build(element: Element, what: str, device: torch.device) -> Tensor:
     if what == "ordered":
         finite = sorted({value for value in element.values if math.isfinite(value)})
         return torch.tensor(finite, dtype=torch.float32, device=device)
-    codes, boundaries = _search_lists(element)
+    codes, boundaries = element._lists
     if what == "ranked codes":
         return torch.tensor(codes, dtype=torch.uint8, device=device)
     return torch.tensor(boundaries, dtype=torch.float32, device=device)
@@ -320,7 +329,7 @@ _CONSTANTS: dict[tuple[str, str, str], Tensor] = {}
 
 def _constant(element: Element, what: str, device: torch.device) -> Tensor:
     """A small table on a device, kept once made. While a graph is traced it is made anew: a kept fake tensor would poison."""
-    if torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return _build(element, what, device)
     key = (element.name, what, str(device))
     if key not in _CONSTANTS:

@@ -137,9 +137,8 @@ def _second_level(scale: Tensor, fmt: Format, amax: Tensor | None) -> _Second | 
     if nested.element.kind == "float":
         # NVFP4's amax / (448 * 6), from the data itself so that it is rounded once
         top, largest = (scale, 1.0) if amax is None else (amax, fmt.element.largest)
-        outer = _amax(to_blocks(top.reshape(scale.shape), nested.block_dims(tuple(scale.shape)))) / (
-            nested.element.max * largest
-        )
+        tops = to_blocks(top.reshape(scale.shape), nested.block_dims(tuple(scale.shape)))
+        outer = _divide(_amax(tops), nested.element.max * largest)
         # No block's scale, at least element.tiny of it, may be subnormal: its reciprocal would be infinite.
         outer = torch.where(outer == 0, 1.0, outer.clamp(min=_TINY / nested.element.tiny))
     else:
@@ -175,25 +174,30 @@ def read_scale(parts: Parts, fmt: Format) -> Tensor:
 Choice = tuple[Tensor, Tensor | None]  # scale and, for an asymmetric format, the smallest value of each block
 
 
+def _divide(x: Tensor, by: float) -> Tensor:
+    """x / by, the same on every device: by a plain number a GPU multiplies by its reciprocal, off by the last bit."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
+
+
 def _absmax(blocks: Tensor, fmt: Format) -> Choice:
-    return _amax(blocks) / fmt.element.largest, None
+    return _divide(_amax(blocks), fmt.element.largest), None
 
 
 def _absmean(blocks: Tensor, fmt: Format) -> Choice:
     count = blocks.shape[-3] * blocks.shape[-1]
-    return (blocks.abs() / count).sum(dim=(-3, -1)), None  # divided first: the sum of huge numbers may overflow
+    return _divide(blocks.abs(), count).sum(dim=(-3, -1)), None  # divided first: the sum of huge numbers may overflow
 
 
 def _symmetric(blocks: Tensor, fmt: Format) -> Choice:
-    return _amax(blocks) / ((fmt.element.max - fmt.element.min) / 2), None
+    return _divide(_amax(blocks), (fmt.element.max - fmt.element.min) / 2), None
 
 
 def _noclip(blocks: Tensor, fmt: Format) -> Choice:
     low = blocks.amin(dim=(-3, -1)).clamp(max=0)
     high = blocks.amax(dim=(-3, -1)).clamp(min=0)
     # An unsigned element holds no negative number, but an infinite one must not vanish.
-    scale = low / fmt.element.min if fmt.element.min < 0 else torch.where(low.isinf(), -low, 0.0)
-    return (torch.maximum(scale, high / fmt.element.max) if fmt.element.max > 0 else scale), None
+    scale = _divide(low, fmt.element.min) if fmt.element.min < 0 else torch.where(low.isinf(), -low, 0.0)
+    return (torch.maximum(scale, _divide(high, fmt.element.max)) if fmt.element.max > 0 else scale), None
 
 
 def _asymmetric(blocks: Tensor, fmt: Format) -> Choice:
@@ -201,13 +205,14 @@ def _asymmetric(blocks: Tensor, fmt: Format) -> Choice:
     high = blocks.amax(dim=(-3, -1)).clamp(min=0)
     steps = fmt.element.qmax - fmt.element.qmin
     # The difference of two huge values may overflow: divide first.
-    scale = torch.where((high - low).isinf(), high / steps - low / steps, (high - low) / steps)
+    apart = _divide(high, steps) - _divide(low, steps)
+    scale = torch.where((high - low).isinf(), apart, _divide(high - low, steps))
     return scale, low
 
 
 def _centered(blocks: Tensor, fmt: Format) -> Choice:
-    mean = (blocks / blocks.numel()).sum()
-    return _amax(blocks - mean) / fmt.element.max, mean.expand(blocks.shape[:-3] + blocks.shape[-2:-1])
+    mean = _divide(blocks, blocks.numel()).sum()
+    return _divide(_amax(blocks - mean), fmt.element.max), mean.expand(blocks.shape[:-3] + blocks.shape[-2:-1])
 
 
 def _power_of_two(rule: str) -> Callable[[Tensor, Format], Choice]:
