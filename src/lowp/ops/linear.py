@@ -44,11 +44,23 @@ def quantize_act(x_MK: Tensor, act: Format, act_scale: Tensor | None = None) -> 
     return quantize_given(x_MK, act, act_scale.expand(act.scale_shape(tuple(x_MK.shape))))
 
 
+def prescale(x_MK: Tensor, packed: Packed) -> Tensor:
+    """The activation times act_pre_scale, in its own dtype, where the weight brings one (AWQ, SmoothQuant)."""
+    return x_MK * packed["act_pre_scale"].to(x_MK.dtype) if "act_pre_scale" in packed else x_MK
+
+
+def quantized_input(x_MK: Tensor, packed: Packed, spec: Spec) -> tuple[Parts, Tensor]:
+    """What a kernel with a quantized activation begins with: its parts, and their scale."""
+    act = spec.act
+    assert act is not None
+    parts = quantize_act(prescale(x_MK, packed), act, packed.get("act_scale"))
+    assert parts.scale is not None
+    return parts, parts.scale
+
+
 def act_values(x_MK: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
     """What the matrix product sees of the activation: pre-scaled, quantized and dequantized."""
-    x = x_MK.to(dtype)
-    if "act_pre_scale" in packed:
-        x = x * packed["act_pre_scale"].to(dtype)
+    x = prescale(x_MK.to(dtype), packed)
     if spec.act is None:
         return x
     return dequantize(quantize_act(x, spec.act, packed.get("act_scale")), spec.act, dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
+from ...ops.linear import prescale
 from ...ops.registry import Case, Kernel
 
 _CASES = ("int4/1x128*bf16", "int4/1x64*bf16", "int4/1x32*bf16", "int4/1x128*bf16+bf16", "int4/1x64*bf16+int8")
@@ -47,7 +48,7 @@ def _why_not(case: Case, device: str) -> str:
 
 
 def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, device: str) -> Tensor:
-    x = x_MK if "act_pre_scale" not in packed else x_MK * packed["act_pre_scale"].to(x_MK.dtype)
+    x = prescale(x_MK, packed)
     group = int(spec.weight.block.removeprefix("1x"))
     if device == "cuda":
         y_MN = torch._weight_int4pack_mm(x.contiguous(), packed["qdata"], group, packed["scale_and_zero"])

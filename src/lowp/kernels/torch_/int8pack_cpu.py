@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
+from ...ops.linear import prescale
 from ...ops.registry import Case, Kernel
 
 
@@ -26,7 +27,7 @@ def _why_not(case: Case) -> str:
 
 
 def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
-    x = x_MK if "act_pre_scale" not in packed else x_MK * packed["act_pre_scale"].to(x_MK.dtype)
+    x = prescale(x_MK, packed)
     y_MN = torch._weight_int8pack_mm(x.contiguous(), packed["qdata"], packed["scale"].view(-1).to(x.dtype))
     return y_MN if bias is None else y_MN + bias.to(y_MN.dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
-from ...ops.linear import quantize_act
+from ...ops.linear import quantized_input
 from ...ops.registry import Case, Kernel
 
 _ROW_FORMATS = ("int8/row", "int8/tensor")
@@ -52,16 +52,12 @@ def _why_not(case: Case) -> str:
 
 
 def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
-    act = spec.act
-    assert act is not None
-    x = x_MK if "act_pre_scale" not in packed else x_MK * packed["act_pre_scale"].to(x_MK.dtype)
-    parts = quantize_act(x, act, packed.get("act_scale"))
-    assert parts.scale is not None
+    parts, x_scale = quantized_input(x_MK, packed, spec)
     w_NK = packed["qdata"]
     sums_MN = int_mm(parts.qdata, w_NK).to(torch.float32)
     if parts.zero_point is not None:
         sums_MN = sums_MN - parts.zero_point.to(torch.float32) * w_NK.sum(dim=-1, dtype=torch.int32).to(torch.float32)
-    y_MN = sums_MN * parts.scale.to(torch.float32) * packed["scale"].to(torch.float32).view(-1)
+    y_MN = sums_MN * x_scale.to(torch.float32) * packed["scale"].to(torch.float32).view(-1)
     y_MN = y_MN if bias is None else y_MN + bias.to(torch.float32)
     return y_MN.to(x_MK.dtype)
 

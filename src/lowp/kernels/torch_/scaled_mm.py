@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
-from ...ops.linear import quantize_act
+from ...ops.linear import quantized_input
 from ...ops.registry import Case, Kernel
 
 _PAIRS = {
@@ -44,13 +44,9 @@ def _why_not(case: Case) -> str:
 
 
 def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
-    act = spec.act
-    assert act is not None
-    x = x_MK if "act_pre_scale" not in packed else x_MK * packed["act_pre_scale"].to(x_MK.dtype)
-    parts = quantize_act(x, act, packed.get("act_scale"))
-    assert parts.scale is not None
-    by_row = act.block == "row"
-    scale_a = parts.scale if by_row else parts.scale.reshape(())
+    parts, x_scale = quantized_input(x_MK, packed, spec)
+    by_row = spec.weight.block == "row"
+    scale_a = x_scale if by_row else x_scale.reshape(())
     scale_b = packed["scale"].reshape(1, -1) if by_row else packed["scale"].reshape(())
     y_MN = torch._scaled_mm(
         parts.qdata, packed["qdata"].t(), scale_a=scale_a, scale_b=scale_b, out_dtype=x_MK.dtype, use_fast_accum=True
