@@ -328,10 +328,12 @@ _CONSTANTS: dict[tuple[str, str, str], Tensor] = {}
 
 
 def _constant(element: Element, what: str, device: torch.device) -> Tensor:
-    """A small table on a device, kept once made. While a graph is traced it is made anew: a kept fake tensor would poison."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return _build(element, what, device)
+    """A small table on a device, kept once made. While a graph is traced nothing is kept: a fake tensor would poison."""
     key = (element.name, what, str(device))
+    if torch.compiler.is_dynamo_compiling():
+        return _CONSTANTS[key] if key in _CONSTANTS else _build(element, what, device)
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return _build(element, what, device)
     if key not in _CONSTANTS:
         with torch.inference_mode(False):
             _CONSTANTS[key] = _build(element, what, device)
