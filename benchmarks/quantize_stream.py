@@ -6,7 +6,7 @@ kernel must be able to drop it). Then the process is run again without limit for
 
     PYTHONPATH=src python benchmarks/quantize_stream.py [--scratch DIR] [--gb 8] [--limit-gb 2]
 
-Peak memory is the largest resident set that the kernel has seen (VmHWM, from getrusage of the child). Rows are appended to
+Peak memory is the largest resident set that the kernel has seen (VmHWM in /proc, asked 20 times a second). Rows are appended to
 results/quantize_stream.csv. The time is worth something on an idle machine only, the processor time on any. Without the right
 to make a cgroup the run is not limited, and its row says so.
 """
@@ -124,15 +124,24 @@ class Limit:
 def run(model: Path, out: Path, limit: Limit | None, arguments: list[str]) -> tuple[float, float, float]:
     """Quantize in a child. Returns seconds, seconds of processor time, and peak resident bytes."""
     command = [sys.executable, "-m", "lowp.cli", "quantize", str(model), "--out", str(out), *arguments]
-    start = time.perf_counter()
+    start, peak, ended = time.perf_counter(), 0, 0
     child = subprocess.Popen(
         command, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, preexec_fn=limit.enter if limit else None
     )
-    _, status, usage = os.wait4(child.pid, 0)
+    while not ended:
+        peak = max(peak, high_water_mark(child.pid))
+        time.sleep(0.05)
+        ended, status, usage = os.wait4(child.pid, os.WNOHANG)
     seconds = time.perf_counter() - start
     if status != 0:
         raise SystemExit(f"lowp quantize ended with status {status}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return seconds, usage.ru_utime + usage.ru_stime, peak
+
+
+def high_water_mark(process: int) -> int:
+    """The largest resident set so far, in bytes. Not getrusage's: that one still counts this process, before the exec."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def main() -> None:
@@ -157,24 +166,18 @@ def main() -> None:
         print(what)
         for limited in (True, False):
             limit = Limit(int(options.limit_gb * 1e9)) if limited else None
+            where = conditions()
             seconds, processor_seconds, peak = run(model, out, limit, ["--to", options.to, "--method", options.method])
-            bound = f"limited to {options.limit_gb:g} GB" if limit and limit.folder else "no limit"
+            bound = f"{what}, {f'limited to {options.limit_gb:g} GB' if limit and limit.folder else 'no limit'}"
             if limit:
                 print("times the limit was met:", limit.failures())
                 limit.remove()
             shutil.rmtree(out)
-            rows.append(
-                (
-                    f"{what}, {bound}: peak resident memory",
-                    peak / 1e9,
-                    "GB",
-                    f"largest tensor {largest / 1e9:.2f} GB",
-                    peak / largest,
-                )
-            )
-            rows.append((f"{what}, {bound}: time", seconds, "s", "", ""))
-            rows.append((f"{what}, {bound}: processor time", processor_seconds, "s", "", ""))
-            rows.append((f"{what}, {bound}: rate of bf16 read", size / 1e9 / seconds, "GB/s", "", ""))
+            tensor = (f"largest tensor {largest / 1e9:.2f} GB", f"{peak / largest:.3f}")
+            rows.append((f"{bound}: peak resident memory", f"{peak / 1e9:.3f}", "GB", *tensor, *where))
+            rows.append((f"{bound}: time", f"{seconds:.1f}", "s", "", "", *where))
+            rows.append((f"{bound}: processor time", f"{processor_seconds:.1f}", "s", "", "", *where))
+            rows.append((f"{bound}: rate of bf16 read", f"{size / 1e9 / seconds:.3f}", "GB/s", "", "", *where))
             print(*rows[-4:], sep="\n")
     finally:
         if not options.keep:
@@ -183,25 +186,22 @@ def main() -> None:
         record(rows)
 
 
-def record(rows: list[tuple]) -> None:
-    """Append the rows to the results."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+def conditions() -> tuple[str, ...]:
+    """Device (with its load before the run, which makes the time worth more or less), torch, commit, date."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
-    device = f"cpu, {threads} of {os.cpu_count()} cores ({processor()})"
+    device = f"cpu, {threads} of {os.cpu_count()} cores ({processor()}), load {os.getloadavg()[0]:.1f}"
+    return device, torch.__version__, git.stdout.strip(), str(datetime.date.today())
+
+
+def record(rows: list[tuple[str, ...]]) -> None:
+    """Append the rows to the results."""
     path = ROOT / "benchmarks" / "results" / "quantize_stream.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        for what, value, unit, baseline, ratio in rows:
-            shown = f"{ratio:.3f}" if ratio != "" else ""
-            writer.writerow(
-                (what, f"{value:.3f}", unit, baseline, shown, device, torch.__version__, commit, datetime.date.today())
-            )
+        writer.writerows([COLUMNS, *rows] if new else rows)
 
 
 def processor() -> str:

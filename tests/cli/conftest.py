@@ -57,6 +57,7 @@ def lowp():
     from lowp.cli.app import build
 
     def call(*arguments: object) -> Answer:
-        return Answer(CliRunner().invoke(build(), [str(argument) for argument in arguments]))
+        wide = {"COLUMNS": "200"}  # test workers run in narrow terminals
+        return Answer(CliRunner().invoke(build(), [str(argument) for argument in arguments], env=wide))
 
     return call
