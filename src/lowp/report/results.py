@@ -55,7 +55,7 @@ def row(
 
 
 def _short(value: float) -> float:
-    return float(f"{value:.6g}")
+    return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def append(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
