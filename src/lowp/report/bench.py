@@ -31,6 +31,7 @@ from ..tensor import QTensor
 from .results import plain, row
 
 OPS = ("linear", "matmul", "embedding")
+_ANY_SCHEME = ("int8/row", "int4/1x128*bf16", "e4m3/row")  # for a kernel that takes all formats and names no case
 _SECONDS = 0.2  # how long each median is taken over
 
 
@@ -142,9 +143,9 @@ def bench_kernel(
 
 
 def runnable(op: str, *, device: str, dtype: torch.dtype, shape: tuple[int, int]) -> Iterator[tuple[Kernel, str, str]]:
-    """Every kernel of an op with each scheme it is meant for, and "" or why it cannot run that here."""
+    """Every kernel of an op but the fallbacks, with each scheme it is meant for, and "" or why it cannot run that here."""
     for kernel in kernels_of(op):
-        for scheme in kernel.cases:
+        for scheme in kernel.cases or (() if kernel.fallback else _ANY_SCHEME):
             verdicts = explain(op, scheme, device=device, dtype=dtype, shape=shape)
             yield kernel, scheme, next(v.why_not for v in verdicts if v.kernel is kernel)
 

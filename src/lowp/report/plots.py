@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -280,7 +281,7 @@ def picture(evaluations: Sequence[Evaluation], title: str, caption: str, path: s
          one.quality.perplexity, f"{100 * (one.quality.ratio - 1):+.1f} %", one.quality.kl, f"{100 * one.quality.top1:.1f} %")
         for one in rows
     ]  # fmt: skip
-    height = 0.36 * (len(body) + 1) + 1.25
+    height = 0.36 * (len(body) + 1) + 1.45
     with plt.rc_context({"font.family": "sans-serif", "font.sans-serif": ["Liberation Sans", "Arial", "DejaVu Sans"]}):
         figure = plt.figure(figsize=(10.6, height), facecolor="#ffffff")
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(0, height))
@@ -293,7 +294,7 @@ def picture(evaluations: Sequence[Evaluation], title: str, caption: str, path: s
         worst = max((one.quality.kl for one in rows), default=1.0)
         for index, cells in enumerate(body):
             _picture_row(axes, top - 0.38 - 0.36 * index, cells, at, first.bytes_before, worst)
-        axes.text(0.018, 0.2, caption, fontsize=8.5, color="#5b6470", va="center")
+        axes.text(0.018, 0.3, textwrap.fill(caption, 150), fontsize=8.5, color="#5b6470", va="center", linespacing=1.4)
         figure.savefig(path, dpi=160)
         plt.close(figure)
 
