@@ -1,10 +1,10 @@
 """lowp: PyTorch models in few bits, from training to serving.
 
 >>> import torch, lowp
->>> model = torch.nn.Sequential(torch.nn.Linear(256, 256))
+>>> model = torch.nn.Sequential(torch.nn.Linear(256, 256)).bfloat16()
 >>> report = lowp.quantize_(model, {"*": lowp.INT4}, method="hqq")
 >>> model[0].weight
-QTensor(int4/1x128*bf16, shape=(256, 256), dtype=torch.float32, device=cpu, layout=int4pack_cpu)
+QTensor(int4/1x128*bf16, shape=(256, 256), dtype=torch.bfloat16, device=cpu, layout=int4pack_cpu)
 """
 
 from . import methods as _methods  # noqa: F401  (registers the methods)

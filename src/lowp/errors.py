@@ -17,6 +17,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 24  # known names that an error lists
+
 
 class LowpError(Exception):
     """Base of all errors raised on purpose by lowp."""
@@ -35,7 +37,8 @@ class SpellingError(LowpError, ValueError):
         names = sorted(set(known))
         near = difflib.get_close_matches(got, names, n=3, cutoff=0.5)
         hint = f": did you mean {' or '.join(repr(name) for name in near)}?" if near else "."
-        return cls(f"unknown {what} {got!r}{hint} Known: {', '.join(names)}")
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        return cls(f"unknown {what} {got!r}{hint} Known: {', '.join(names[:_SHOWN])}{more}")
 
 
 class MisfitError(LowpError, ValueError):

@@ -124,7 +124,7 @@ def test_slabs_are_used_where_the_format_allows(floats, small_slabs):
     assert step("e4m3/128x128") == 128
     assert step("int8/tensor") == 384
     assert step("e2m1/1x16*e4m3/tensor") == 384
-    assert step("int4/1x128*bf16", method="hqq") == 384
+    assert step("int4/1x128*bf16", method="hqq") == 32
     assert step("e4m3/row", method="hqq") == 32  # hqq is for integers: it falls back to absmax
     assert step("int4/1x128*bf16", "experts.up") == 1  # one expert
     assert step("int8/tensor", "experts.up") == 1

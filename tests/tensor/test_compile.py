@@ -68,10 +68,10 @@ def test_export(model):
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int8/row@int8/row", "nvfp4", "fp8-dynamic"])
 def test_inductor(scheme, device):
     torch._dynamo.reset()
-    model = nn.Sequential(nn.Linear(256, 256), nn.GELU()).to(device)
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU()).to(device, torch.bfloat16)
     lowp.quantize_(model, scheme)
     compiled = torch.compile(model, fullgraph=True)
-    x = torch.randn(8, 256, device=device)
+    x = torch.randn(8, 256, device=device, dtype=torch.bfloat16)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=1e-2)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-2, atol=1e-2)

@@ -11,11 +11,14 @@ A helper variable E, the part of the error that is allowed to be large, splits i
     z <- mean over the block of  (Q - (W - E) / s)                                  with Q the codes
     beta <- kappa * beta
 
-Without a zero point there is no z, and the scale takes its place: s <- <W - E, Q> / <Q, Q>. Each block keeps the best of all
-steps (by mean |error|**p), the first, plain one included, so a block never ends worse than it started in that measure.
+Without a zero point there is no z, and the scale takes its place: s <- <W - E, Q> / <Q, Q>. Errors are measured in steps, that
+is divided by the scale, so that beta means the same in every block. Each block keeps the best of all steps by mean |error|**p,
+among those whose squared error is no larger than that of the plain rounding it started from: so it never ends worse in either
+measure, also where outliers tempt the sparse norm to clip them. Blocks know nothing of one another, so a weight may be quantized
+in pieces.
 
 Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023, https://mobiusml.github.io/hqq_blog/;
-p = 0.7, beta = 10, kappa = 1.01, 20 iterations and early stop as there.
+p = 0.7, beta = 10, kappa = 1.01 and 20 iterations as there; the early stop is where nothing moves any more.
 """
 
 from __future__ import annotations
@@ -48,38 +51,41 @@ def hqq(weight: Tensor, fmt: Format) -> Parts:
     torch.Size([8, 2])
     """
     start = quantize(weight, fmt)
+    if not weight.numel():
+        return start
     shape = tuple(weight.shape)
-    blocks = to_blocks(weight.to(torch.float32), fmt.block_dims(shape))
+    block = fmt.block_dims(shape)
+    blocks = to_blocks(weight.to(torch.float32), block)
+    symmetric = start.zero_point is None
     scale = read_scale(start, fmt)
     zero = torch.zeros_like(scale) if start.zero_point is None else start.zero_point.to(torch.float32)
+    step = _over(scale, shape)  # the unit of all errors
     best_scale, best_zero, best_error = scale, zero, torch.full_like(scale, torch.inf)
-    unit = (
-        scale.abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    )  # beta is meant for weights of order one: work in units of the mean step
-    beta, last = _BETA, torch.inf
+    beta, allowed = _BETA, None
     for _ in range(_ITERATIONS + 1):
-        parts = quantize_given(weight, fmt, scale, None if start.zero_point is None else zero)
-        codes = to_blocks(fmt.element.decode(parts.qdata), fmt.block_dims(shape))
-        by = _over(read_scale(parts, fmt), shape)
+        parts = quantize_given(weight, fmt, scale, None if symmetric else zero)
+        codes = to_blocks(fmt.element.decode(parts.qdata), block)
         offset = 0.0 if parts.zero_point is None else _over(parts.zero_point.to(torch.float32), shape)
-        residual = blocks - (codes - offset) * by
-        error = (residual.abs() / unit).pow(_P).mean(dim=(-3, -1)).reshape(scale.shape)
-        better = error < best_error
+        residual = blocks - (codes - offset) * _over(read_scale(parts, fmt), shape)
+        error = (residual / step).abs().pow(_P).mean(dim=(-3, -1)).reshape(scale.shape)
+        squares_off = residual.square().sum(dim=(-3, -1)).reshape(scale.shape)
+        allowed = squares_off if allowed is None else allowed
+        better = (error < best_error) & (squares_off <= allowed)
         best_error = torch.where(better, error, best_error)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
-        mean = error.mean().item()
-        if mean >= last:
-            break
-        last = mean
-        kept = blocks - _shrink(residual / unit, beta) * unit
-        if start.zero_point is None:
-            squares = codes.square().sum(dim=(-3, -1))
-            fitted = (kept * codes).sum(dim=(-3, -1)) / squares.clamp(min=1.0)
-            scale = torch.where(squares > 0, fitted, scale.reshape(fitted.shape)).reshape(best_scale.shape).clamp(min=0)
+        kept = blocks - _shrink(residual / step, beta) * step
+        if symmetric:
+            squares = codes.square().sum(dim=(-3, -1)).reshape(scale.shape)
+            fitted = (kept * codes).sum(dim=(-3, -1)).reshape(scale.shape) / squares.clamp(min=1.0)
+            moved = torch.where(fitted > 0, fitted, scale)
+            settled, scale = torch.equal(moved, scale), moved
         else:
-            zero = (codes - kept / by).mean(dim=(-3, -1)).reshape(best_zero.shape)
+            moved = (codes - kept / step).mean(dim=(-3, -1)).reshape(zero.shape)
+            settled, zero = torch.equal(moved, zero), moved
+        if settled:
+            break
         beta *= _KAPPA
-    return quantize_given(weight, fmt, best_scale, None if start.zero_point is None else best_zero)
+    return quantize_given(weight, fmt, best_scale, None if symmetric else best_zero)
 
 
 def _over(per_block: Tensor, shape: tuple[int, ...]) -> Tensor:

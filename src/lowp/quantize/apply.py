@@ -129,6 +129,8 @@ def quantize_weight(
 
 def check_finite(weight: Tensor, name: str) -> None:
     """Raise a MisfitError that names the tensor and counts its NaN and infinite elements, if there are any."""
+    if not weight.numel() or all(bound.isfinite() for bound in torch.aminmax(weight)):  # both are NaN if any element is
+        return
     bad = weight.numel() - int(weight.isfinite().sum())
     if bad:
         nans = int(weight.isnan().sum())

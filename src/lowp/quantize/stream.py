@@ -43,7 +43,7 @@ JOURNAL = "journal.jsonl"
 _SLAB = 1 << 20  # elements that are quantized at once: 4 MiB in float32, which a processor's cache holds
 _DURABLE = 1 << 27  # bytes written (128 MiB) or seconds passed between two entries of finished tensors in the journal
 _SECONDS = 5.0
-_BY_ROWS = ("absmax", "mse")  # methods that look at nothing beyond a block
+_BY_ROWS = ("absmax", "mse", "hqq")  # methods that look at nothing beyond a block
 
 
 @dataclass(frozen=True, kw_only=True)
