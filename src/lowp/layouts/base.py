@@ -16,8 +16,24 @@ from ..numerics import Format, Parts, Scheme
 Packed = dict[str, Tensor]
 
 
+class Schemed:
+    """What knows a scheme by its spelling, and so its formats."""
+
+    scheme: str
+
+    @property
+    def weight(self) -> Format:
+        """The weight's format."""
+        return Scheme.parse(self.scheme).weight
+
+    @property
+    def act(self) -> Format | None:
+        """The activation's format, None for weight-only."""
+        return Scheme.parse(self.scheme).act
+
+
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class Spec(Schemed):
     """What a packed tensor is.
 
     Args:
@@ -29,16 +45,6 @@ class Spec:
     scheme: str
     layout: str
     shape: tuple[int, ...]
-
-    @property
-    def weight(self) -> Format:
-        """The weight's format."""
-        return Scheme.parse(self.scheme).weight
-
-    @property
-    def act(self) -> Format | None:
-        """The activation's format, None for weight-only."""
-        return Scheme.parse(self.scheme).act
 
     def with_shape(self, shape: tuple[int, ...]) -> Spec:
         """The same with another shape."""

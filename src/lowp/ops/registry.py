@@ -29,12 +29,12 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ..layouts import LAYOUTS, Spec
-from ..layouts.base import Packed
-from ..numerics import Format, Scheme
+from ..layouts.base import Packed, Schemed
+from ..numerics import Scheme
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(Schemed):
     """What a kernel may look at.
 
     Args:
@@ -55,16 +55,6 @@ class Case:
     dtype: str = "bfloat16"
     shape: tuple[int, ...] = (4096, 4096)
     extras: tuple[str, ...] = ()
-
-    @property
-    def weight(self) -> Format:
-        """The weight's format."""
-        return Scheme.parse(self.scheme).weight
-
-    @property
-    def act(self) -> Format | None:
-        """The activation's format, None for weight-only."""
-        return Scheme.parse(self.scheme).act
 
 
 @dataclass(frozen=True, kw_only=True)
