@@ -163,7 +163,7 @@ def test_a_kernel_that_cannot_be_imported_says_so(monkeypatch):
         raise ImportError("No module named 'triton'", name="triton")
 
     monkeypatch.setattr(registry.importlib, "import_module", broken)
-    (kernel,) = registry._load("lowp.kernels.triton_.something", object())
+    (kernel,) = registry._load("lowp.kernels.triton_.something")
     assert "triton" in kernel.why_not(Case(op="linear", scheme="int8/row"))
 
 
