@@ -1,0 +1,243 @@
+"""Weights in 1 to 8 bits times bf16 or fp16 on Hopper's tensor cores: one kernel, `mixed.cu`, for every element and batch.
+
+    y_MN = x_MK @ ((qdata_NK - zero_point) * scale).T + bias_N
+
+Where the scheme quantizes the activation too, x is quantized and dequantized first: the same meaning, in the same kernel.
+
+What depends on the batch M is decided here: the tile (how many tokens, how many rows), over how many blocks the columns are
+split, and from where on the weight is decoded once, to a workspace, and cuBLAS multiplies. `candidates` lists what may be chosen,
+`choose` says what is, by a model of the time: bytes over bandwidth, products over the rate of the tensor cores, rounds of tiles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...layouts import Spec
+from ...layouts.base import Packed
+from ...layouts.fragments import by_group, planes
+from ...numerics import Format, Scheme
+from ...ops.linear import act_values, prescale
+from ...ops.registry import Case, Kernel
+from .. import nvrtc
+
+_SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3}
+_ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
+_SHARED = 227 * 1024  # of one block, on sm90
+_SHARED_OF_SM = 228 * 1024
+_PARAMS = struct.Struct("128s9Q5i")  # as `Params` in mixed.cu
+_SOURCE = Path(__file__).with_suffix(".cu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a product is cut.
+
+    Args:
+        mt: tiles of 64 rows of a warpgroup. wgs: warpgroups of a block. bm: tokens of a tile. kc: chunks of 64 columns of a stage.
+        stages: of the pipeline. split: blocks of a cluster that share the columns of a tile. blocks: resident on one processor.
+    """
+
+    mt: int = 1
+    wgs: int = 1
+    bm: int = 8
+    kc: int = 4
+    stages: int = 4
+    split: int = 1
+    blocks: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight of a block."""
+        return 64 * self.mt * self.wgs
+
+    @property
+    def threads(self) -> int:
+        """As THREADS in mixed.cu."""
+        return 128 * self.wgs + (128 if self.wgs == 2 and self.mt * self.bm >= 128 else 32)
+
+
+@functools.cache
+def _numbers(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
+    """What mixed.cu is told about a weight format, by the names of its page."""
+    fmt = Scheme.parse(scheme).weight
+    element, widths = fmt.element, planes(fmt.element.bits)
+    nested = fmt.nested
+    scale = (4 if nested.element.kind == "float" else 5) if nested else 4 if fmt.scale == "e4m3" else _SCALES[str(fmt.scale)]
+    return {
+        "NPLANES": len(widths),
+        **{f"PW{i}": widths[i] if i < len(widths) else 0 for i in range(3)},
+        "KIND": {"int": 0, "float": 1, "codebook": 2}[element.kind],
+        "SIGNED": int(element.signed),
+        "EBITS": element.ebits,
+        "EBIAS": element.bias,
+        "GROUP": fmt.block_dims(shape)[1] if by_group(fmt) else 0,
+        "SCALE": scale,
+        "ZERO": _ZEROS[fmt.zero_point] if fmt.zero_point else 0,
+        "F16": int(dtype == torch.float16),
+    }
+
+
+def stage_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
+    """Shared memory of one stage, as STAGE_BYTES in mixed.cu."""
+    bits, group = numbers["PW0"] + numbers["PW1"] + numbers["PW2"], numbers["GROUP"]
+    scale = (2, 2, 4, 1, 1, 1)[numbers["SCALE"]] + (0, 1, 1, 2, 2, 4)[numbers["ZERO"]]
+    groups = 0 if not group else max(1, 64 * tiling.kc // group)
+    used = tiling.kc * tiling.bm * 128 + tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
+    return -(-used // 1024) * 1024
+
+
+def shared_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
+    """Dynamic shared memory of a block."""
+    stages, table = tiling.stages * stage_bytes(tiling, numbers), 32768 if numbers["KIND"] == 2 else 0
+    if tiling.split == 1:
+        return 1024 + stages + table + tiling.wgs * tiling.bm * (64 * tiling.mt + 8) * 2
+    return 1024 + max(stages, tiling.bm * (tiling.rows + 4) * 4) + table
+
+
+@functools.cache
+def _text() -> str:
+    return _SOURCE.read_text(encoding="utf-8")
+
+
+def _wgmma(tokens: int, f16: int) -> str:
+    """The one instruction whose text depends on its size."""
+    n, kind = tokens // 2, "f16" if f16 else "bf16"
+    sums, a = ", ".join(f"%{i}" for i in range(n)), ", ".join(f"%{n + i}" for i in range(4))
+    outputs, inputs = ", ".join(f'"+f"(d[{i}])' for i in range(n)), ", ".join(f'"r"(a[{i}])' for i in range(4))
+    return (
+        f"DEVICE void wgmma(float (&d)[{n}], const u32 (&a)[4], u64 b, int accumulate) {{\n"
+        f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n + 5}, 0;\\n"\n'
+        f'    "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, {{{a}}}, %{n + 4}, p, 1, 1, 0; }}"\n'
+        f'    : {outputs} : {inputs}, "l"(b), "r"(accumulate));\n}}\n'
+    )
+
+
+def _compile(defines: dict[str, int]) -> bytes:
+    text = re.sub(r"//@WGMMA@.*", lambda _: _wgmma(defines["BM"], defines["F16"]), _text())
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in defines.items())]
+    return nvrtc.compile_text(text, options)
+
+
+def compile_product(tiling: Tiling, numbers: dict[str, int], token: bool) -> bytes:
+    """The cubin of a product."""
+    sizes = {name: getattr(tiling, name.lower()) for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS")}
+    return _compile(numbers | sizes | {"TOKEN": int(token)})
+
+
+@functools.cache
+def _product(tiling: Tiling, scheme: str, shape: tuple[int, ...], dtype: torch.dtype, token: bool, device: int) -> nvrtc.Function:
+    numbers = _numbers(scheme, shape, dtype)
+    return nvrtc.load_function(
+        compile_product(tiling, numbers, token), "mixed", device=device, threads=tiling.threads, shared=shared_bytes(tiling, numbers)
+    )
+
+
+@functools.cache
+def _decoder(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, e4m3: bool, device: int) -> nvrtc.Function:
+    numbers = _numbers(scheme, shape, torch.float16 if e4m3 else dtype)
+    if e4m3:
+        numbers = numbers | {"GROUP": 0}
+    cubin = _compile(
+        numbers | {"DEQUANTIZE": 1, "E4M3": int(e4m3), "MT": 1, "WGS": 1, "BM": 8, "KC": 2, "STAGES": 1, "SPLIT": 1, "TOKEN": 0}
+    )
+    return nvrtc.load_function(cubin, "dequantize", device=device, threads=128, shared=0)
+
+
+@functools.cache
+def _table(scheme: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return Scheme.parse(scheme).weight.element.table(device).to(dtype)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Weight:
+    """What does not change from call to call for all weights of one scheme, shape, dtype and device."""
+
+    numbers: dict[str, int]
+    table: int
+    stride: int
+    nest: int
+    processors: int
+
+
+@functools.cache
+def _weight(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Weight:
+    fmt = Scheme.parse(scheme).weight
+    nest = math.prod(fmt.nested.block_dims(fmt.scale_shape(shape))) if fmt.nested else 1
+    return _Weight(
+        numbers=_numbers(scheme, shape, dtype),
+        table=_table(scheme, dtype, device).data_ptr() if fmt.element.kind == "codebook" else 0,
+        stride=0 if fmt.block == "tensor" else 1,
+        nest=nest,
+        processors=torch.cuda.get_device_properties(device).multi_processor_count,
+    )
+
+
+def _pointer(packed: Packed, name: str) -> int:
+    return packed[name].data_ptr() if name in packed else 0
+
+
+_MAPS: dict[tuple[int, int, int, int], bytes] = {}  # tensor maps by address and size
+_BUFFER = ctypes.create_string_buffer(256 + 64)
+_ARGUMENTS = (ctypes.c_char * 256).from_buffer(_BUFFER, -ctypes.addressof(_BUFFER) % 64)
+
+
+def _map_of(x_MK: Tensor, bm: int) -> bytes:
+    key = (x_MK.data_ptr(), x_MK.shape[0], x_MK.shape[1], bm if x_MK.dtype is torch.bfloat16 else -bm)
+    found = _MAPS.get(key)
+    if found is None:
+        if len(_MAPS) > 16384:
+            _MAPS.clear()
+        found = _MAPS[key] = nvrtc.tensor_map(x_MK, bm, 64)
+    return found
+
+
+def product(
+    x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, tiling: Tiling, token_scale_M: Tensor | None = None
+) -> Tensor:
+    """The product by one tiling. x_MK: contiguous, bf16 or fp16, on CUDA."""
+    tokens, columns = x_MK.shape
+    rows, device = spec.shape[0], x_MK.device
+    weight = _weight(spec.scheme, spec.shape, x_MK.dtype, device)
+    function = _product(tiling, spec.scheme, spec.shape, x_MK.dtype, token_scale_M is not None, device.index)
+    y_MN = torch.empty((tokens, rows), dtype=x_MK.dtype, device=device)
+    tiles = -(-rows // tiling.rows) * -(-tokens // tiling.bm)
+    blocks = tiles * tiling.split if tiling.split > 1 else min(tiles, weight.processors * tiling.blocks)
+    _PARAMS.pack_into(
+        _ARGUMENTS, 0, _map_of(x_MK, tiling.bm), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
+        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0 if token_scale_M is None else token_scale_M.data_ptr(),
+        0 if bias is None else bias.data_ptr(), weight.table, y_MN.data_ptr(), tokens, rows, columns, weight.stride, weight.nest,
+    )  # fmt: skip
+    function.launch((blocks, 1), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
+    return y_MN
+
+
+def decode(packed: Packed, spec: Spec, dtype: torch.dtype, e4m3: bool = False) -> Tensor:
+    """The weight (N, K) in `dtype`, or its elements without scales in e4m3."""
+    rows, columns = spec.shape
+    device = packed["qdata"].device
+    weight = _weight(spec.scheme, spec.shape, dtype, device)
+    function = _decoder(spec.scheme, spec.shape, dtype, e4m3, device.index)
+    w_NK = torch.empty((rows, columns), dtype=torch.float8_e4m3fn if e4m3 else dtype, device=device)
+    tiles = -(-rows // 64)
+    pieces = min(columns // 64, max(1, -(-weight.processors * 16 // tiles)))
+    _PARAMS.pack_into(
+        _ARGUMENTS, 0, bytes(128), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
+        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0, 0, weight.table, w_NK.data_ptr(), 0, rows, columns,
+        weight.stride, weight.nest,
+    )  # fmt: skip
+    function.launch((tiles, pieces), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
+    return w_NK
+
+
+KERNELS = ()
