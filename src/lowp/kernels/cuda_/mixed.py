@@ -1,4 +1,4 @@
-"""Weights in 1 to 8 bits times bf16 or fp16 on Hopper's tensor cores: one kernel, `mixed.cu`, for every element and batch.
+"""Weights in 1 to 8 bits times bf16 or fp16 on Hopper's tensor cores: for every element, and for every batch.
 
     y_MN = x_MK @ ((qdata_NK - zero_point) * scale).T + bias_N
 
@@ -35,8 +35,9 @@ _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
 _SHARED = 227 * 1024  # of one block, on sm90
 _SHARED_OF_SM = 228 * 1024
-_PARAMS = struct.Struct("128s9Q5i")  # as `Params` in mixed.cu
-_SOURCE = Path(__file__).with_suffix(".cu")
+_PARAMS = struct.Struct("128s9Q5i")  # as `Params` in fragments.cu
+_FOLDER = Path(__file__).parent
+_OUT_PITCH = 72 * 2  # bytes between tokens, as OUT_PITCH in fragments.cu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,12 @@ class Tiling:
     """How a product is cut.
 
     Args:
-        mt: tiles of 64 rows of a warpgroup. wgs: warpgroups of a block. bm: tokens of a tile. kc: chunks of 64 columns of a stage.
-        stages: of the pipeline. split: blocks of a cluster that share the columns of a tile. blocks: resident on one processor.
+        kernel: "small" (W from registers) or "large" (W decoded by warps of its own: 128 rows, clusters of 2).
+        mt: tiles of 64 rows of a warpgroup. wgs: warpgroups that multiply. bm: tokens of a tile. kc: chunks of 64 columns of a stage.
+        stages: of the pipeline. split: blocks of a cluster that share the columns of a tile. blocks: resident on one processor. cluster: blocks that share a tile of x. band: see tile_at in fragments.cu.
     """
 
+    kernel: str = "small"
     mt: int = 1
     wgs: int = 1
     bm: int = 8
@@ -55,6 +58,8 @@ class Tiling:
     stages: int = 4
     split: int = 1
     blocks: int = 1
+    cluster: int = 1
+    band: int = 16
 
     @property
     def rows(self) -> int:
@@ -63,13 +68,26 @@ class Tiling:
 
     @property
     def threads(self) -> int:
-        """As THREADS in mixed.cu."""
+        """Of a block, as in small.cu and large.cu."""
+        if self.kernel == "large":
+            return 512
         return 128 * self.wgs + (128 if self.wgs == 2 and self.mt * self.bm >= 128 else 32)
+
+    def grid(self, tokens: int, rows: int, processors: int) -> int:
+        """Number of blocks."""
+        token_tiles = -(-tokens // self.bm)
+        tiles = -(-rows // (self.rows * self.cluster)) * token_tiles
+        return tiles * self.split if self.split > 1 else self.cluster * min(tiles, processors * self.blocks // self.cluster)
+
+
+def large(bm: int, stages: int, band: int = 16) -> Tiling:
+    """A tiling of the product for many tokens."""
+    return Tiling(kernel="large", wgs=2, bm=bm, kc=1, stages=stages, cluster=2, band=band)
 
 
 @functools.cache
 def _numbers(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, int]:
-    """What mixed.cu is told about a weight format, by the names of its page."""
+    """What fragments.cu is told about a weight format, by the names of its page."""
     fmt = Scheme.parse(scheme).weight
     element, widths = fmt.element, planes(fmt.element.bits)
     nested = fmt.nested
@@ -88,58 +106,72 @@ def _numbers(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[st
     }
 
 
-def stage_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
-    """Shared memory of one stage, as STAGE_BYTES in mixed.cu."""
+def shared_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
+    """Dynamic shared memory of a block, as the constants of small.cu and large.cu."""
     bits, group = numbers["PW0"] + numbers["PW1"] + numbers["PW2"], numbers["GROUP"]
     scale = (2, 2, 4, 1, 1, 1)[numbers["SCALE"]] + (0, 1, 1, 2, 2, 4)[numbers["ZERO"]]
     groups = 0 if not group else max(1, 64 * tiling.kc // group)
-    used = tiling.kc * tiling.bm * 128 + tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
-    return -(-used // 1024) * 1024
-
-
-def shared_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
-    """Dynamic shared memory of a block."""
-    stages, table = tiling.stages * stage_bytes(tiling, numbers), 32768 if numbers["KIND"] == 2 else 0
+    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * min(tiling.bm, 16) * _OUT_PITCH
+    x, codes = tiling.kc * tiling.bm * 128, tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
+    if tiling.kernel == "large":
+        return 1024 + tiling.stages * (128 * 128 + x) + 3 * (-(-codes // 128) * 128) + table + out
+    stages = tiling.stages * (-(-(x + codes) // 1024) * 1024)
     if tiling.split == 1:
-        return 1024 + stages + table + tiling.wgs * tiling.bm * (64 * tiling.mt + 8) * 2
+        return 1024 + stages + table + out
     return 1024 + max(stages, tiling.bm * (tiling.rows + 4) * 4) + table
 
 
 @functools.cache
-def _text() -> str:
-    return _SOURCE.read_text(encoding="utf-8")
+def _file(name: str) -> str:
+    return (_FOLDER / f"{name}.cu").read_text(encoding="utf-8")
 
 
-def _wgmma(tokens: int, f16: int) -> str:
-    """The one instruction whose text depends on its size."""
+def _wgmma(tokens: int, f16: int, from_registers: bool) -> str:
+    """The one instruction whose text depends on its size, with its left operand from registers or from shared memory."""
     n, kind = tokens // 2, "f16" if f16 else "bf16"
-    sums, a = ", ".join(f"%{i}" for i in range(n)), ", ".join(f"%{n + i}" for i in range(4))
-    outputs, inputs = ", ".join(f'"+f"(d[{i}])' for i in range(n)), ", ".join(f'"r"(a[{i}])' for i in range(4))
+    left = 4 if from_registers else 1
+    sums, a = ", ".join(f"%{i}" for i in range(n)), ", ".join(f"%{n + i}" for i in range(left))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(n))
+    inputs = ", ".join(f'"r"(a[{i}])' for i in range(left)) if from_registers else '"l"(a)'
+    operand, argument, more = (f"{{{a}}}", "const u32 (&a)[4]", "") if from_registers else (a, "u64 a", " 0,")
     return (
-        f"DEVICE void wgmma(float (&d)[{n}], const u32 (&a)[4], u64 b, int accumulate) {{\n"
-        f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n + 5}, 0;\\n"\n'
-        f'    "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, {{{a}}}, %{n + 4}, p, 1, 1, 0; }}"\n'
+        f"DEVICE void wgmma(float (&d)[{n}], {argument}, u64 b, int accumulate) {{\n"
+        f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n + left + 1}, 0;\\n"\n'
+        f'    "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, {operand}, %{n + left}, p, 1, 1,{more} 0; }}"\n'
         f'    : {outputs} : {inputs}, "l"(b), "r"(accumulate));\n}}\n'
     )
 
 
-def _compile(defines: dict[str, int]) -> bytes:
-    text = re.sub(r"//@WGMMA@.*", lambda _: _wgmma(defines["BM"], defines["F16"]), _text())
-    options = ["--gpu-architecture=sm_90a", "--std=c++17", "-default-device", *(f"-D{k}={v}" for k, v in defines.items())]
-    return nvrtc.compile_text(text, options)
+def text_of(kernel: str, defines: dict[str, int]) -> str:
+    """The whole text of a kernel: "small", "large" or "weight"."""
+    own = _file(kernel)
+    for operand in ("registers", "shared"):
+        own = own.replace(f"//@WGMMA {operand}@", _wgmma(defines["BM"], defines["F16"], operand == "registers"))
+    return _file("fragments") + own
+
+
+def _compile(kernel: str, defines: dict[str, int]) -> bytes:
+    options = ["--gpu-architecture=sm_90a", "--std=c++17", *(f"-D{name}={value}" for name, value in defines.items())]
+    return nvrtc.compile_text(text_of(kernel, defines), options)
 
 
 def compile_product(tiling: Tiling, numbers: dict[str, int], token: bool) -> bytes:
     """The cubin of a product."""
-    sizes = {name: getattr(tiling, name.lower()) for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS")}
-    return _compile(numbers | sizes | {"TOKEN": int(token)})
+    sizes = {name: getattr(tiling, name.lower()) for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS", "CLUSTER", "BAND")}
+    return _compile(tiling.kernel, numbers | sizes | {"TOKEN": int(token)})
+
+
+def compile_decoder(numbers: dict[str, int], e4m3: bool) -> bytes:
+    """The cubin that decodes a whole weight."""
+    sizes = {"MT": 1, "WGS": 1, "BM": 8, "KC": 1, "CLUSTER": 1, "BAND": 1, "TOKEN": 0, "FROM_GLOBAL": 1, "E4M3": int(e4m3)}
+    return _compile("weight", numbers | sizes)
 
 
 @functools.cache
 def _product(tiling: Tiling, scheme: str, shape: tuple[int, ...], dtype: torch.dtype, token: bool, device: int) -> nvrtc.Function:
     numbers = _numbers(scheme, shape, dtype)
     return nvrtc.load_function(
-        compile_product(tiling, numbers, token), "mixed", device=device, threads=tiling.threads, shared=shared_bytes(tiling, numbers)
+        compile_product(tiling, numbers, token), tiling.kernel, device=device, threads=tiling.threads, shared=shared_bytes(tiling, numbers)
     )
 
 
@@ -148,10 +180,7 @@ def _decoder(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, e4m3: bool
     numbers = _numbers(scheme, shape, torch.float16 if e4m3 else dtype)
     if e4m3:
         numbers = numbers | {"GROUP": 0}
-    cubin = _compile(
-        numbers | {"DEQUANTIZE": 1, "E4M3": int(e4m3), "MT": 1, "WGS": 1, "BM": 8, "KC": 2, "STAGES": 1, "SPLIT": 1, "TOKEN": 0}
-    )
-    return nvrtc.load_function(cubin, "dequantize", device=device, threads=128, shared=0)
+    return nvrtc.load_function(compile_decoder(numbers, e4m3), "weight", device=device, threads=128, shared=0)
 
 
 @functools.cache
@@ -211,14 +240,12 @@ def product(
     weight = _weight(spec.scheme, spec.shape, x_MK.dtype, device)
     function = _product(tiling, spec.scheme, spec.shape, x_MK.dtype, token_scale_M is not None, device.index)
     y_MN = torch.empty((tokens, rows), dtype=x_MK.dtype, device=device)
-    tiles = -(-rows // tiling.rows) * -(-tokens // tiling.bm)
-    blocks = tiles * tiling.split if tiling.split > 1 else min(tiles, weight.processors * tiling.blocks)
     _PARAMS.pack_into(
-        _ARGUMENTS, 0, _map_of(x_MK, tiling.bm), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
+        _ARGUMENTS, 0, _map_of(x_MK, tiling.bm // tiling.cluster), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
         _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0 if token_scale_M is None else token_scale_M.data_ptr(),
         0 if bias is None else bias.data_ptr(), weight.table, y_MN.data_ptr(), tokens, rows, columns, weight.stride, weight.nest,
     )  # fmt: skip
-    function.launch((blocks, 1), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
+    function.launch((tiling.grid(tokens, rows, weight.processors), 1), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
     return y_MN
 
 

@@ -1,0 +1,221 @@
+// The product for few tokens: W from registers. For the shared part see fragments.cu.
+//
+// What. y^T = W x^T: W is the left operand of wgmma, m64 rows by n = BM tokens by k16, so that a batch of 8 tokens fills the
+// instruction. Its registers are where the codes are decoded: no decoded weight ever touches memory.
+//
+// How. One producer warp streams codes, scales and the tile of x into shared memory by bulk copies, STAGES deep. A warpgroup
+// decodes the next unit while the tensor cores work on the last: two sets of registers take turns. The blocks of a cluster share
+// the columns of a tile (SPLIT) and add their sums through distributed shared memory, in fixed order.
+
+constexpr int ROWS = 64 * MT * WGS;
+constexpr int CODES_AT = KC * X_CHUNK;
+constexpr int SCALES_AT = CODES_AT + MT * WGS * KC * UNIT_BYTES;
+constexpr int ZEROS_AT = SCALES_AT + MT * WGS * GROUPS * 64 * SCALE_BYTES;
+constexpr int STAGE_USED = ZEROS_AT + MT * WGS * GROUPS * 64 * ZERO_BYTES;
+constexpr int STAGE_BYTES = (STAGE_USED + 1023) / 1024 * 1024;
+constexpr int SUM_PITCH = ROWS + 4;  // floats between tokens where a cluster adds sums
+constexpr int CONSUMERS = 128 * WGS;
+// Large tiles want more registers than an even share: whole warpgroups then trade them.
+constexpr bool TRADE = WGS == 2 && MT * BM >= 128;
+constexpr int THREADS = CONSUMERS + (TRADE ? 128 : 32);
+constexpr int TURNS = MT == 2 || KC % 2 == 0 ? 1 : 2;  // stages until the two sets of A registers are where they were
+static_assert(SPLIT == 1 || (CLUSTER == 1 && TURNS == 1), "a cluster shares columns or tokens");
+
+//@WGMMA registers@
+
+// A warp has read a stage: the blocks that write to it are told.
+DEVICE void give_back(u32 bar, int lane) {
+  if constexpr (CLUSTER > 1) {
+    if (lane < CLUSTER) barrier_arrive_at(bar, lane);
+  } else if (lane == 0) barrier_arrive(bar);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+#if SPLIT * CLUSTER > 1
+__cluster_dims__(SPLIT * CLUSTER, 1, 1)
+#endif
+small(const __grid_constant__ Params p) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const u32 stages = (shared_address(memory) + 1023) & ~1023u;
+  const u32 table_at = stages + STAGES * STAGE_BYTES;
+  const u32 out_at = table_at + TABLE_BYTES;
+  __shared__ u64 barriers[2 * STAGES];
+  const u32 full = shared_address(barriers), empty = full + 8 * STAGES;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) { barrier_init(full + 8 * s, 1); barrier_init(empty + 8 * s, 4 * WGS * CLUSTER); }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  fill_table(table_at, p, THREADS);
+  __syncthreads();
+  if constexpr (CLUSTER > 1) cluster_sync();
+
+  const int chunks = p.K / 64, all_stages = chunks / KC;
+  const u32 rank = SPLIT * CLUSTER > 1 ? cluster_rank() : 0;
+  const int stage_first = SPLIT > 1 ? all_stages * rank / SPLIT : 0, stage_last = SPLIT > 1 ? all_stages * (rank + 1) / SPLIT : all_stages;
+  const int neighbour = CLUSTER > 1 ? rank : 0;  // blocks of a cluster work on neighbouring rows
+  const int row_tiles = (p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (p.M + BM - 1) / BM;
+  const int tiles = row_tiles * token_tiles, n64_all = (p.N + 63) / 64;
+  const int groups = GROUP == 0 ? 0 : p.K / COLUMNS;
+
+  if (warp >= 4 * WGS) {  // the producer
+    if constexpr (TRADE) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (warp == 4 * WGS && lane == 0) {
+      int s = 0;
+      u32 phase = 1;
+      const bool once = token_tiles == 1;
+      for (int index = blockIdx.x / (SPLIT * CLUSTER); index < tiles; index += gridDim.x / (SPLIT * CLUSTER)) {
+        const Tile tile = tile_at(index, row_tiles, token_tiles);
+        const int n64 = (tile.row * CLUSTER + neighbour) * MT * WGS, height = min(MT * WGS, max(0, n64_all - n64));
+        for (int k = stage_first; k < stage_last; k++) {
+          barrier_wait(empty + 8 * s, phase);
+          const u32 at = stages + s * STAGE_BYTES, bar = full + 8 * s;
+          barrier_expect(bar, KC * X_CHUNK + height * (KC * UNIT_BYTES + GROUPS * 64 * (SCALE_BYTES + ZERO_BYTES)));
+          for (int t = 0; t < height; t++) {
+            copy_bytes(at + CODES_AT + t * KC * UNIT_BYTES, p.codes + ((u64)(n64 + t) * chunks + k * KC) * UNIT_BYTES,
+                       KC * UNIT_BYTES, bar, once ? EVICT_FIRST : EVICT_LAST);
+            if constexpr (GROUP > 0) {
+              const u64 first = ((u64)(n64 + t) * groups + (u64)k * KC * 64 / COLUMNS) * 64;
+              copy_bytes(at + SCALES_AT + t * GROUPS * 64 * SCALE_BYTES, p.scale + first * SCALE_BYTES, GROUPS * 64 * SCALE_BYTES,
+                         bar, EVICT_LAST);
+              if constexpr (ZERO > 0)
+                copy_bytes(at + ZEROS_AT + t * GROUPS * 64 * ZERO_BYTES, p.zero + first * ZERO_BYTES, GROUPS * 64 * ZERO_BYTES,
+                           bar, EVICT_LAST);
+            }
+          }
+#pragma unroll
+          for (int c = 0; c < KC; c++) {
+            if constexpr (CLUSTER > 1)  // half of the tokens, to both blocks
+              copy_tile_to_both(at + c * X_CHUNK + rank * (X_CHUNK / 2), p.x_map, (k * KC + c) * 64, tile.token * BM + rank * (BM / 2), bar);
+            else
+              copy_tile(at + c * X_CHUNK, p.x_map, (k * KC + c) * 64, tile.token * BM, bar, EVICT_LAST);
+          }
+          if (++s == STAGES) { s = 0; phase ^= 1; }
+        }
+      }
+    }
+    __syncwarp();
+    if constexpr (SPLIT > 1) cluster_sync();
+    if constexpr (SPLIT * CLUSTER > 1) cluster_sync();
+    return;
+  }
+
+  // a consumer warpgroup: MT * 64 rows
+  if constexpr (TRADE) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  const int group_of_warps = warp / 4, lane128 = threadIdx.x % 128;
+  const int row = 16 * (warp % 4) + lane / 4;  // and row + 8
+  const u32 start = decode_start(table_at + 4 * lane, p);
+  float sum[MT][BM / 2];
+  u32 a[2][4][4];
+  int s = 0;
+  u32 phase = 0;
+
+  for (int index = blockIdx.x / (SPLIT * CLUSTER); index < tiles; index += gridDim.x / (SPLIT * CLUSTER)) {
+    const Tile tile = tile_at(index, row_tiles, token_tiles);
+    const int n64 = (tile.row * CLUSTER + neighbour) * MT * WGS + group_of_warps * MT;
+    int last = -1;  // stage to give back
+    if (stage_first == stage_last) {
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int i = 0; i < BM / 2; i++) sum[m][i] = 0.0f;
+    }
+    for (int turn = stage_first; turn < stage_last; turn += TURNS)
+#pragma unroll
+    for (int k = turn; k < turn + TURNS; k++) {
+      barrier_wait(full + 8 * s, phase);
+      const u32 at = stages + s * STAGE_BYTES, x = descriptor_of(at);
+      Rows rows[MT];
+#pragma unroll
+      for (int c = 0; c < KC; c++) {
+#pragma unroll
+        for (int m = 0; m < MT; m++) {
+          const int set = MT == 2 ? m : KC % 2 == 0 ? c & 1 : k - turn;
+          const int unit = group_of_warps * MT + m;
+          const Codes codes = load_codes(at + CODES_AT + (unit * KC + c) * UNIT_BYTES, lane128);
+#pragma unroll
+          for (int step = 0; step < 4; step++) {
+            if constexpr (GROUP > 0) {
+              const int column = 64 * c + 16 * step;
+              if (column % COLUMNS == 0) {
+                const int g = GROUP >= 64 * KC ? 0 : column / COLUMNS;
+                const int index = SCALE == 5 ? ((n64 + m) * 64 + row) * groups + (k * KC * 64 + column) / COLUMNS : 0;
+                rows[m] = load_rows(at + SCALES_AT + (unit * GROUPS + g) * 64 * SCALE_BYTES,
+                                    at + ZEROS_AT + (unit * GROUPS + g) * 64 * ZERO_BYTES, row, p, index, groups);
+              }
+            }
+            if (step == 0) decode_step<0>(a[set][0], codes, rows[m], start);
+            if (step == 1) decode_step<1>(a[set][1], codes, rows[m], start);
+            if (step == 2) decode_step<2>(a[set][2], codes, rows[m], start);
+            if (step == 3) decode_step<3>(a[set][3], codes, rows[m], start);
+          }
+          wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < 4; step++)
+            wgmma(sum[m], a[set][step], descriptor(x, c * X_CHUNK + 32 * step), k > stage_first || c > 0 || step > 0);
+          wgmma_commit();
+          wgmma_wait<1>();
+          if (c == 0 && m == 0 && last >= 0) give_back(empty + 8 * last, lane);
+        }
+      }
+      last = s;
+      if (++s == STAGES) { s = 0; phase ^= 1; }
+    }
+    wgmma_wait<0>();
+    if (last >= 0) give_back(empty + 8 * last, lane);
+
+    if constexpr (SPLIT == 1) {
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+        store_tile(sum[m], p, (n64 + m) * 64, tile.token * BM, out_at + group_of_warps * OUT_BYTES, 1 + group_of_warps);
+    } else {
+      // Sums of the whole cluster: each block writes its own, then adds a share of all of them, in the order of the ranks.
+      const u32 sums = stages;
+      named_barrier(1, CONSUMERS);  // every stage was read
+#pragma unroll
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int i = 0; i < BM / 2; i++) {
+          const int token = 8 * (i / 4) + 2 * (lane % 4) + (i & 1);
+          const int r = (group_of_warps * MT + m) * 64 + row + 8 * (i / 2 & 1);
+          asm volatile("st.shared.f32 [%0], %1;" ::"r"(sums + (token * SUM_PITCH + r) * 4), "f"(sum[m][i]) : "memory");
+        }
+      cluster_sync();
+      constexpr int PIECES = BM * ROWS / 8;
+      for (int i = rank * (PIECES / SPLIT) + threadIdx.x; i < (rank + 1) * (PIECES / SPLIT); i += CONSUMERS) {
+        const int token = i / (ROWS / 8), r8 = i % (ROWS / 8) * 8, n = tile.row * ROWS + r8;
+        if (tile.token * BM + token >= p.M || n >= p.N) continue;
+        float total[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+#pragma unroll
+        for (int from = 0; from < SPLIT; from++) {
+          u32 remote;
+          asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(sums + (token * SUM_PITCH + r8) * 4), "r"(from));
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            float v[4];
+            asm volatile("ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(v[0]), "=f"(v[1]), "=f"(v[2]), "=f"(v[3])
+                         : "r"(remote + 16 * h));
+            total[4 * h] += v[0]; total[4 * h + 1] += v[1]; total[4 * h + 2] += v[2]; total[4 * h + 3] += v[3];
+          }
+        }
+        const float by_token = TOKEN ? p.token_scale[tile.token * BM + token] : 1.0f;
+        u32 v[4];
+#pragma unroll
+        for (int h = 0; h < 4; h++) {
+          float two[2];
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int at = min(n + 2 * h + e, p.N - 1);
+            two[e] = fmaf(total[2 * h + e] * by_token, row_scale(p, at), p.bias != nullptr ? to_float(p.bias[at]) : 0.0f);
+          }
+          v[h] = pack_two(two[0], two[1]);
+        }
+        store_rows(p, tile.token * BM + token, n, v);
+      }
+      cluster_sync();  // nobody leaves while its sums are read
+    }
+  }
+  if constexpr (CLUSTER > 1) cluster_sync();  // nobody leaves while its neighbour may still write to it
+}

@@ -1,0 +1,65 @@
+// A whole weight, decoded once: [N][K] in the type of x for cuBLAS, or (E4M3) its elements without scales, for a float8 product.
+//
+// A block decodes units of 64 rows, one after another along K, through shared memory, so that rows are written 128 bytes at a time.
+
+constexpr int TILE_PITCH = 72;  // elements
+
+extern "C" __global__ void __launch_bounds__(128) weight(const __grid_constant__ Params p) {
+  __shared__ __align__(16) u16 tile[2][64 * TILE_PITCH];
+  __shared__ __align__(16) u32 pairs[KIND == 2 ? 8192 : 1];
+  const int lane128 = threadIdx.x, lane = lane128 % 32, row = 16 * (lane128 / 32) + lane / 4;
+  if constexpr (KIND == 2) {
+    fill_table(shared_address(pairs), p, 128);
+    __syncthreads();
+  }
+  const u32 start = decode_start(shared_address(pairs) + 4 * lane, p);
+  const int chunks = p.K / 64, groups = GROUP == 0 ? 0 : p.K / COLUMNS;
+  const int first = (u64)chunks * blockIdx.y / gridDim.y, last = (u64)chunks * (blockIdx.y + 1) / gridDim.y;
+  const int n64 = blockIdx.x;
+  int buffer = 0;
+  for (int c = first; c < last; c++, buffer ^= 1) {
+    const Codes codes = load_codes((u64)p.codes + ((u64)n64 * chunks + c) * UNIT_BYTES, lane128);
+    u32 a[4][4];
+    Rows rows;
+#pragma unroll
+    for (int step = 0; step < 4; step++) {
+      if constexpr (GROUP > 0)
+        if (step == 0 || (16 * step) % COLUMNS == 0) {
+          const int g = (64 * c + 16 * step) / COLUMNS;
+          const u64 at = ((u64)n64 * groups + g) * 64;
+          rows = load_rows((u64)p.scale + at * SCALE_BYTES, (u64)p.zero + at * ZERO_BYTES, row, p, (n64 * 64 + row) * groups + g, groups);
+        }
+      if (step == 0) decode_step<0>(a[0], codes, rows, start);
+      if (step == 1) decode_step<1>(a[1], codes, rows, start);
+      if (step == 2) decode_step<2>(a[2], codes, rows, start);
+      if (step == 3) decode_step<3>(a[3], codes, rows, start);
+    }
+#pragma unroll
+    for (int step = 0; step < 4; step++)
+#pragma unroll
+      for (int part = 0; part < 4; part++) {
+        u32 v = a[step][part];
+        const int r = row + 8 * (part & 1), k = 16 * step + 8 * (part >> 1) + 2 * (lane % 4);
+        if constexpr (GROUP == 0 && !E4M3) {
+          const float by = n64 * 64 + r < p.N ? scale_value(load_row_scale(p, n64 * 64 + r), p, 0) : 0.0f;
+          v = pack_two(to_float((u16)v) * by, to_float((u16)(v >> 16)) * by);
+        }
+        if constexpr (E4M3) {
+          u16 two;
+          asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(two) : "r"(v));
+          tile[buffer][r * (TILE_PITCH / 2) + k / 2] = two;
+        } else {
+          *(u32*)&tile[buffer][r * TILE_PITCH + k] = v;
+        }
+      }
+    __syncthreads();
+    constexpr int BYTES = E4M3 ? 1 : 2, PIECES = 4 * BYTES;  // 16-byte pieces of 64 columns
+#pragma unroll
+    for (int i = lane128; i < 64 * PIECES; i += 128) {
+      const int r = i / PIECES, piece = i % PIECES;
+      if (n64 * 64 + r < p.N)
+        *(uint4*)((u8*)p.y + ((u64)(n64 * 64 + r) * p.K + 64 * c) * BYTES + 16 * piece) =
+            *(const uint4*)((const u8*)tile[buffer] + r * TILE_PITCH * BYTES + 16 * piece);
+    }
+  }
+}
