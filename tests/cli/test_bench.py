@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 
 import pytest
 
@@ -51,6 +52,13 @@ def test_what_raises_is_said_at_the_end_and_the_rest_is_kept(lowp, tmp_path, mon
     assert {row["scheme"] for row in csv.DictReader((tmp_path / "rows.csv").open())} == {"e4m3/row"}
 
 
+def test_no_time_for_a_wrong_kernel(lowp, monkeypatch):
+    monkeypatch.setattr("lowp.report.bench.linear_reference", lambda x, packed, spec: x.new_zeros(x.shape[0], 64))
+    answer = lowp("bench", "linear", "--schemes", "int8", "--shapes", "64x64", "--batch", "2", "--json")
+    assert answer.code == 2 and answer.err.count("\n") == 1
+    assert json.loads(answer.out)[0]["us"] is None
+
+
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
@@ -60,11 +68,17 @@ def test_what_raises_is_said_at_the_end_and_the_rest_is_kept(lowp, tmp_path, mon
         ("--batch", "0", "--batch wants"),
         ("--batch", "5..7", "power of two"),
         ("--batch", "1..x", "--batch wants"),
+        ("--schemes", "int44", "did you mean"),
     ],
 )
 def test_bad_input_is_one_sentence(lowp, option, value, said):
     answer = lowp("bench", "linear", option, value)
     assert answer.is_one_sentence() and said in answer.err
+
+
+def test_a_shape_that_nothing_runs_on_is_one_sentence(lowp):
+    answer = lowp("bench", "linear", "--schemes", "int4", "--shapes", "64x63")
+    assert answer.is_one_sentence() and "int4/1x128*bf16" in answer.err
 
 
 def test_every_model_is_a_list_of_its_shapes_each_once():

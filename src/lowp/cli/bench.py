@@ -6,9 +6,9 @@
     lowp bench linear --shapes llama3-8b,qwen3-32b --schemes int4,fp8-dynamic --batch 1..8192 --device cuda --plot speed.png
 
 A model's name stands for the shapes of its linear layers, and 1..8192 for the powers of two from 1 to 8192. On CUDA the time is
-that of a graph's replay, with weights that come from memory; beside it
-stands the limit that the card's bandwidth and products allow. A kernel's result is compared with the reference first; one that is wrong, or raises, gets no time, the
-others go on, and the command ends with exit code 2.
+that of a graph's replay, with weights that come from memory; beside it stands the limit that the card's bandwidth and products
+allow. A kernel's result is compared with the reference first. One that is wrong, or raises, gets no time; the others go on, and
+the command ends with exit code 2.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ def bench(
             if part and part[-1].failed and lost(where):
                 break
     wrong = [one for one in found if not one.right]
+    if not any(one.kernel for one in found):
+        raise KernelError(f"{wrong[0].why_wrong()}.")
     if plot:
         speed_by_batch(found, f"{op}, {dtype} activations, {device_name(where)}", plot)
     if json:
