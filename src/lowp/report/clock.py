@@ -96,9 +96,9 @@ def _graph_median(calls: Sequence[Callable[[], Tensor]]) -> Time:
     except RuntimeError as error:  # something waits for the device: it cannot be in a graph, so its launch costs count
         torch.cuda.synchronize()
         return Time(us=_eager_us(in_turn), note=f"no CUDA graph: {_line(error)}")
-    first = _between_events([graph.replay] * 2)[1]
+    first = event_us([graph.replay] * 2)[1]
     replays = min(max(int(_REPLAYS_US / first), _REPLAYS[0]), _REPLAYS[1])
-    times = _between_events([graph.replay] * replays)
+    times = event_us([graph.replay] * replays)
     graph.reset()
     return Time(us=statistics.median(times) / launches)
 
@@ -126,10 +126,10 @@ def _pool(device: int) -> tuple[tuple[int, int], torch.cuda.CUDAGraph]:
 
 
 def _eager_us(calls: Sequence[Callable[[], Tensor]]) -> float:
-    return statistics.median(_between_events(list(calls) * (3 if len(calls) == 1 else 1)))
+    return statistics.median(event_us(list(calls) * (3 if len(calls) == 1 else 1)))
 
 
-def _between_events(calls: Sequence[Callable[[], object]]) -> list[float]:
+def event_us(calls: Sequence[Callable[[], object]]) -> list[float]:
     """Microseconds of each call on the device, all of them queued before the first is waited for."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     marks[0].record()
@@ -182,8 +182,8 @@ def limits(device: str) -> Limits | None:
 def _bytes_per_s() -> float:
     data = torch.ones(2**28, device="cuda")  # 1 GiB of float32
     target = torch.empty_like(data)
-    copy = min(_between_events([lambda: target.copy_(data)] * 10)[2:])
-    read = min(_between_events([lambda: data.sum()] * 10)[2:])
+    copy = min(event_us([lambda: target.copy_(data)] * 10)[2:])
+    read = min(event_us([lambda: data.sum()] * 10)[2:])
     nbytes = data.numel() * data.element_size()
     return 1e6 * max(2 * nbytes / copy, nbytes / read)
 
@@ -198,7 +198,7 @@ def _flops_per_s(products: Sequence[Callable[[Tensor], Callable[[], Tensor]]]) -
     best = 0.0
     for product in products:
         try:
-            times = _between_events([product(x)] * 10)
+            times = event_us([product(x)] * 10)
         except RuntimeError:
             continue
         best = max(best, 1e6 * 2 * _SIDE**3 / statistics.median(times[2:]))
