@@ -16,11 +16,13 @@ The limits of a device are measured in the same run, cards and clocks differ:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +32,7 @@ from torch import Tensor
 CPU_SECONDS = 0.2  # how long each median is taken over on a CPU
 _GRAPH_US = 1000.0  # a graph is that long at least, so that the 2 us around a replay are 0.2 % of it
 _LAUNCHES = 200  # and has no more launches than that: each costs host time once
+_LONG_US = 20_000.0  # beside a call that long a launch is nothing: it needs no graph
 _REPLAYS_US = 12_000.0  # all replays together, and
 _REPLAYS = (3, 25)  # at least, at most so many
 _COPIES = 96  # of a weight, at most
@@ -87,15 +90,17 @@ def _cpu_median(call: Callable[[], Tensor]) -> float:
 
 
 def _graph_median(calls: Sequence[Callable[[], Tensor]]) -> Time:
-    calls[0]()
-    once = _eager_us(calls[:1])  # the host's time too: too long for a small kernel, right for a large one
+    once = statistics.median(
+        event_us(calls[:1] * 3)
+    )  # the host's time too: too long for a small kernel, right for a large one
+    if once > _LONG_US:
+        return Time(us=once)
     launches = min(max(math.ceil(_GRAPH_US / once), _rotated(len(calls), once)), _LAUNCHES)
     in_turn = list(itertools.islice(itertools.cycle(calls), launches))
     try:
         graph = _captured(in_turn)
     except RuntimeError as error:  # something waits for the device: it cannot be in a graph, so its launch costs count
-        torch.cuda.synchronize()
-        return Time(us=_eager_us(in_turn), note=f"no CUDA graph: {_line(error)}")
+        return Time(us=statistics.median(event_us(in_turn)), note=f"no CUDA graph: {_line(error)}")
     first = event_us([graph.replay] * 2)[1]
     replays = min(max(int(_REPLAYS_US / first), _REPLAYS[0]), _REPLAYS[1])
     times = event_us([graph.replay] * replays)
@@ -109,28 +114,51 @@ def _rotated(copies: int, once: float) -> int:
 
 
 def _captured(calls: Sequence[Callable[[], Tensor]]) -> torch.cuda.CUDAGraph:
+    """A graph of the calls. By hand, because `torch.cuda.graph` empties torch's cache of memory each time."""
+    pool, stream, _ = _pool(torch.cuda.current_device())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool(torch.cuda.current_device())[0]):
-        for call in calls:
-            call()  # its result goes back to the pool at once
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        _refuse_waiting(calls[0])
+        graph.capture_begin(pool=pool)
+        try:
+            for call in calls:
+                call()  # its result goes back to the pool at once
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.synchronize()
     return graph
 
 
+def _refuse_waiting(call: Callable[[], Tensor]) -> None:
+    """Call it once, on the stream of the capture, so that cuBLAS has its workspace there; what waits for the device raises here,
+    where nothing breaks, and not in the middle of a capture."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode does not see everything: what it misses, the capture does
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.synchronize()
+
+
 @functools.cache
-def _pool(device: int) -> tuple[tuple[int, int], torch.cuda.CUDAGraph]:
-    """The memory that all captured graphs of a device share, one at a time, and the empty graph that keeps it alive."""
-    keeper = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(keeper):
+def _pool(device: int) -> tuple[tuple[int, int], torch.cuda.Stream, torch.cuda.CUDAGraph]:
+    """The memory that all captured graphs of a device share, one at a time, the stream that they are captured on, and an
+    empty graph that keeps the memory alive between them."""
+    keeper, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    with torch.cuda.graph(keeper, stream=stream):
         torch.zeros(1, device=device)
-    return keeper.pool(), keeper
-
-
-def _eager_us(calls: Sequence[Callable[[], Tensor]]) -> float:
-    return statistics.median(event_us(list(calls) * (3 if len(calls) == 1 else 1)))
+    return keeper.pool(), stream, keeper
 
 
 def event_us(calls: Sequence[Callable[[], object]]) -> list[float]:
-    """Microseconds of each call on the device, all of them queued before the first is waited for."""
+    """Microseconds of each call on the current CUDA device, all of them queued before the first is waited for."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
     marks[0].record()
     for call, mark in zip(calls, marks[1:], strict=True):
