@@ -11,7 +11,7 @@ from lowp.numerics import known_formats
 from lowp.ops import kernels_of
 from lowp.report import bench as module
 from lowp.report import clock
-from lowp.report.bench import bench, bench_kernel, error_of, runnable, slowest, subject_of, sweep
+from lowp.report.bench import bench, bench_kernel, error_of, lines, runnable, slowest, subject_of, sweep
 from lowp.report.clock import Limits
 
 
@@ -79,8 +79,17 @@ def test_a_sweep_goes_on_where_a_scheme_does_not_fit():
     assert [(one.shape[1], one.scheme, one.right) for one in found] == [
         (96, "int4/1x128*bf16", False), (96, "int8/row", True), (128, "int4/1x128*bf16", True), (128, "int8/row", True),
     ]  # fmt: skip
-    assert {one.scheme for one in slowest(found)} == {"int4/1x128*bf16", "int8/row"}
-    assert all(one.speed == min(o.speed for o in found if o.right and o.scheme == one.scheme) for one in slowest(found))
+    by_scheme = lines(found)
+    assert list(by_scheme) == ["int4/1x128*bf16", "int8/row"] and sum(map(len, by_scheme.values())) == 4
+    for line in by_scheme.values():
+        assert slowest(line).speed == min(one.speed for one in line if one.right)
+    assert slowest([one for one in found if not one.right]) is None
+
+
+def test_several_kernels_on_one_case_are_lines_of_their_own():
+    found = list(bench("linear", "int8/row", (64, 128), (1, 2), every=True))
+    kernels = dict.fromkeys(one.kernel for one in found)
+    assert len(kernels) > 1 and list(lines(found)) == [f"int8/row, {kernel}" for kernel in kernels]
 
 
 def test_bf16_is_timed_once_for_a_shape_and_batch(monkeypatch):

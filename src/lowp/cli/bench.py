@@ -13,6 +13,7 @@ the command ends with exit code 2.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,7 +60,7 @@ def bench(
     where, floats = str(device_of(device)), dtype_of(dtype)
     names = [str(Scheme.parse(name)) for name in schemes.split(",")]
     sizes, batches = shapes_of(shapes), batches_of(batch)
-    notes, found, known = progress_console(), [], limits(where)
+    notes, found, start, known = progress_console(), [], time.perf_counter(), limits(where)
     with notes.status("") as status:
         for shape in sizes:
             part = []
@@ -82,6 +83,7 @@ def bench(
         title = f"{op} on {device_name(where)}, {dtype} activations" + (f" (seen: {known})" if known else "")
         show(*([] if brief else [timing_table(found, title)]), slowest_table(found, title if brief else ""))
         show(*(one.why_wrong() for one in wrong[:20]))
+        show(f"{len(found)} cases in {time.perf_counter() - start:.0f} s")
     if wrong:
         raise KernelError(
             f"{wrong[0].why_wrong()}. {len(wrong)} of {len(found)} cases got no time: wrong, or they raised."
@@ -117,16 +119,17 @@ def timing_table(found: list[Timing], title: str) -> Any:
 
 def slowest_table(found: list[Timing], title: str) -> Any:
     """For each scheme the smallest speed over bf16 and where that is, and how many cases lie below 0.97 of bf16's."""
-    from ..report.bench import slowest
+    from ..report.bench import lines, slowest
 
     numbers = ("smallest speed", "batch", "below 0.97", "cases", "wrong")
     heading = f"{title}\n" if title else ""
     made = table(f"{heading}the smallest of times bf16's speed", "scheme", "kernel", "shape", *numbers, right=numbers)
-    for one in slowest(found):
-        same = [other for other in found if other.scheme == one.scheme]
-        below = sum(other.speed is not None and other.speed < 0.97 for other in same)
-        counts = str(below), str(len(same)), str(sum(not other.right for other in same))
-        made.add_row(one.scheme, one.kernel, "x".join(map(str, one.shape)), _ratio(one.speed), str(one.batch), *counts)
+    for line in lines(found).values():
+        one = slowest(line)
+        below = sum(other.speed is not None and other.speed < 0.97 for other in line)
+        counts = str(below), str(len(line)), str(sum(not other.right for other in line))
+        where = (one.kernel, "x".join(map(str, one.shape)), _ratio(one.speed), str(one.batch)) if one else ("",) * 4
+        made.add_row(line[0].scheme, *where, *counts)
     return made
 
 

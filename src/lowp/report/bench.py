@@ -221,13 +221,18 @@ def runnable(op: str, *, device: str, dtype: torch.dtype, shape: tuple[int, int]
             yield kernel, scheme, next(v.why_not for v in verdicts if v.kernel is kernel)
 
 
-def slowest(found: Sequence[Timing]) -> list[Timing]:
-    """For each scheme, in order, the timing with the smallest speed over bf16."""
-    worst: dict[str, Timing] = {}
+def lines(found: Sequence[Timing]) -> dict[str, list[Timing]]:
+    """The timings by scheme; by scheme and kernel where several kernels were timed on one case."""
+    several = len({(one.scheme, one.shape, one.batch) for one in found}) < len(found)
+    grouped: dict[str, list[Timing]] = {}
     for one in found:
-        if one.speed is not None and (one.scheme not in worst or one.speed < (worst[one.scheme].speed or math.inf)):
-            worst[one.scheme] = one
-    return list(worst.values())
+        grouped.setdefault(f"{one.scheme}, {one.kernel}" if several else one.scheme, []).append(one)
+    return grouped
+
+
+def slowest(found: Sequence[Timing]) -> Timing | None:
+    """The timing with the smallest speed over bf16, None where nothing has a time."""
+    return min((one for one in found if one.speed is not None), key=lambda one: one.speed or 0.0, default=None)
 
 
 # -- one case ---------------------------------------------------------------------------------------------------------
@@ -334,7 +339,7 @@ def _timing(subject: Subject, batch: int, floats: Floats, limits: Limits | None)
         note=taken.note,
         bf16_us=_float_time(subject, batch, torch.bfloat16, floats).us,
         fp32_us=_float_time(subject, batch, torch.float32, floats).us if subject.x.device.type == "cpu" else None,
-        limit_us=limits and _limit_us(subject, batch, limits),
+        limit_us=None if limits is None else _limit_us(subject, batch, limits),
     )
 
 

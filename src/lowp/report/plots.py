@@ -16,6 +16,7 @@ from ..errors import LowpError
 from ..numerics import Scheme
 from ..quantize import ReportRow
 from .bench import Timing
+from .bench import lines as lines_of
 from .layers import Evaluation
 
 _INK = "#010203"  # becomes currentColor
@@ -328,11 +329,7 @@ def speed_by_batch(timings: Sequence[Timing], title: str, path: str) -> None:
     """
     plt = _pyplot()
     shapes = list(dict.fromkeys(one.shape for one in timings))
-    kernels_too = len({(one.scheme, one.shape, one.batch) for one in timings}) < len(timings)
-    lines: dict[str, list[Timing]] = {}
-    for one in timings:
-        if one.speed is not None:
-            lines.setdefault(f"{one.scheme}, {one.kernel}" if kernels_too else one.scheme, []).append(one)
+    lines = lines_of(timings)
     columns = min(len(shapes), 3) or 1
     rows = max(1, -(-len(shapes) // columns))
     with plt.rc_context(_style("speed") | {"savefig.facecolor": "#ffffff"}):
@@ -355,7 +352,7 @@ def _speed_panel(axes: Any, lines: Mapping[str, Sequence[Timing]]) -> None:
     axes.set_yscale("log", base=2)
     axes.axhline(1.0, color=_INK, linewidth=0.9, alpha=0.6)
     for index, line in enumerate(lines.values()):
-        points = sorted((one.batch, one.speed or 0.0) for one in line)
+        points = sorted((one.batch, one.speed) for one in line if one.speed is not None)
         xs, ys = [x for x, _ in points], [y for _, y in points]
         axes.plot(xs, ys, color=_line_color(index), linewidth=1.2, marker="o", markersize=2.5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
