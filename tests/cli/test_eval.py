@@ -1,7 +1,5 @@
 """lowp eval, generate, report and bench as a user types them: what they print, and what bad input is answered with."""
 
-import json
-
 import pytest
 
 pytest.importorskip("transformers")
@@ -125,37 +123,3 @@ def test_a_page_that_cannot_be_written_is_known_before_the_work(lowp, model, qua
     for out in (tmp_path, tmp_path / "none" / "report.html"):
         answer = lowp("report", quantized, "--against", model, "--text", text, "--out", out)
         assert answer.is_one_sentence(), (answer.code, answer.err)
-
-
-def test_bench_times(lowp, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowp.report.bench._SECONDS", 1e-4)
-    given = ("bench", "linear", "--schemes", "int8,int4/1x32*bf16", "--shapes", "64x64,128x64", "--batch", "1,3")
-    found = lowp(*given, "--json", "--csv", tmp_path / "a.csv").json()
-    assert len(found) == 8 and all(one["right"] and one["us"] > 0 for one in found)
-    assert len((tmp_path / "a.csv").read_text().splitlines()) == 9
-    answer = lowp(*given)
-    assert answer.code == 0 and "int8/row" in answer.out
-
-
-def test_bench_gives_no_time_to_a_wrong_kernel(lowp, monkeypatch):
-    monkeypatch.setattr("lowp.report.bench._SECONDS", 1e-4)
-    monkeypatch.setattr("lowp.report.bench.linear_reference", lambda x, packed, spec: x.new_zeros(x.shape[0], 64))
-    answer = lowp("bench", "linear", "--schemes", "int8", "--shapes", "64x64", "--batch", "2", "--json")
-    assert answer.code == 2 and answer.err.count("\n") == 1
-    assert json.loads(answer.out)[0]["us"] is None
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("linaer",),
-        ("linear", "--schemes", "int44"),
-        ("linear", "--shapes", "64"),
-        ("linear", "--batch", "0"),
-        ("linear", "--shapes", "64x63", "--schemes", "int4"),
-    ],
-    ids=str,
-)
-def test_bad_input_of_bench_is_one_sentence(lowp, words):
-    answer = lowp("bench", *words)
-    assert answer.is_one_sentence(), (answer.code, answer.err, answer.exception)

@@ -23,6 +23,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,8 @@ class Kernel:
         fallback: True where it is correct but never the fast way; strict mode refuses it.
         cases: schemes that it is meant for: cases of its tests and rows of the benchmark.
         about: one line for the docs.
+        candidates: case and M -> configurations to time, each a dict of plain values, for `lowp tune`; None where it has no knob.
+            The kernel asks `tuned.choice(name, tuned.key_of(...))` for the one that was found, and has a rule where that is None.
     """
 
     op: str
@@ -81,6 +84,7 @@ class Kernel:
     fallback: bool = False
     cases: tuple[str, ...] = ()
     about: str = ""
+    candidates: Callable[[Case, int], list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import LowpError
 from ..numerics import Scheme
 from ..quantize import ReportRow
+from .bench import Timing
+from .bench import lines as lines_of
 from .layers import Evaluation
 
 _INK = "#010203"  # becomes currentColor
@@ -314,3 +316,48 @@ def _picture_row(axes: Any, y: float, cells: tuple[Any, ...], at: tuple[float, .
 def _picture_bar(axes: Any, right: float, y: float, share: float, color: str) -> None:
     """A bar of at most 0.06 of the width, left of a number that ends at `right`."""
     axes.barh(y, 0.06 * max(share, 0.0), left=right - 0.118, height=0.15, color=color)
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speed_by_batch(timings: Sequence[Timing], title: str, path: str) -> None:
+    """Write a figure of speed over bf16 against the number of tokens: a panel for each shape, a line for each scheme.
+
+    Raises:
+        LowpError: matplotlib is missing.
+    """
+    plt = _pyplot()
+    shapes = list(dict.fromkeys(one.shape for one in timings))
+    lines = lines_of(timings)
+    columns = min(len(shapes), 3) or 1
+    rows = max(1, -(-len(shapes) // columns))
+    with plt.rc_context(_style("speed") | {"savefig.facecolor": "#ffffff"}):
+        size = (4.2 * columns + 0.6, 3.0 * rows + 1.2)
+        figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axes, shape in zip(grid.flat, shapes, strict=False):
+            _speed_panel(axes, {name: [one for one in line if one.shape == shape] for name, line in lines.items()})
+            axes.set(title=f"{shape[0]} × {shape[1]}", xlabel="tokens", ylabel="times bf16's speed")
+        for axes in list(grid.flat)[len(shapes) :]:
+            axes.axis("off")
+        handles = [plt.Line2D([], [], color=_line_color(i), marker="o", markersize=3) for i in range(len(lines))]
+        figure.legend(handles, list(lines), loc="outside lower center", ncols=min(len(lines), 4) or 1, fontsize=8.5)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+
+def _speed_panel(axes: Any, lines: Mapping[str, Sequence[Timing]]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.axhline(1.0, color=_INK, linewidth=0.9, alpha=0.6)
+    for index, line in enumerate(lines.values()):
+        points = sorted((one.batch, one.speed) for one in line if one.speed is not None)
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.plot(xs, ys, color=_line_color(index), linewidth=1.2, marker="o", markersize=2.5)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _line_color(index: int) -> str:
+    return _KINDS[index % len(_KINDS)]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import math
 import os
 import platform
@@ -112,8 +113,10 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache
 def commit() -> str:
-    """The commit that this code is at, "+" after it where tracked files were changed; "" outside a repository."""
+    """The commit that this code is at, "+" after it where tracked files were changed; "" outside a repository.
+    Asked once in a process: thousands of rows are written by one sweep."""
 
     def git(*words: str) -> str:
         ran = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
