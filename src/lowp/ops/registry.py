@@ -109,6 +109,8 @@ def _kernel_modules() -> tuple[tuple[Kernel, ...], ...]:
 
     modules = []
     for folder in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}."):
+        if not folder.ispkg:
+            continue  # what kernels share: nvrtc.py
         package = importlib.import_module(folder.name)
         for info in pkgutil.iter_modules(package.__path__, f"{folder.name}."):
             modules.append(_load(info.name))

@@ -50,7 +50,7 @@ constexpr int COLUMNS = GROUP == 0 ? 64 : GROUP;  // that share a scale
 constexpr int GROUPS = GROUP == 0 ? 0 : GROUP >= 64 * KC ? 1 : 64 * KC / GROUP;  // scale groups a stage
 constexpr int X_CHUNK = BM * 128;                                                 // bytes of 64 columns of x
 constexpr int TABLE_BYTES = KIND == 2 ? 32768 : 0;
-constexpr int OUT_TOKENS = BM < 16 ? BM : 16;  // that a warpgroup writes at a time
+constexpr int OUT_TOKENS = BM < 64 ? BM : 64;  // that a warpgroup writes at a time
 constexpr int OUT_PITCH = 64 + 8;              // 16-bit words between them in shared memory: no bank conflict
 constexpr int OUT_BYTES = OUT_TOKENS * OUT_PITCH * 2;
 
@@ -85,18 +85,6 @@ DEVICE void copy_tile(u32 to, const void* map, int column, int row, u32 bar, u64
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, %3}], "
       "[%4], %5;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar), "l"(policy) : "memory");
-}
-
-DEVICE void copy_tile_to_both(u32 to, const void* map, int column, int row, u32 bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], "
-      "[%1, {%2, %3}], [%4], %5, %6;" ::"r"(to), "l"(map), "r"(column), "r"(row), "r"(bar), "h"((u16)3), "l"(EVICT_LAST) : "memory");
-}
-
-DEVICE void barrier_arrive_at(u32 bar, u32 rank) {  // of a block of the cluster
-  asm volatile(
-      "{ .reg .b32 there;\n mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(bar), "r"(rank) : "memory");
 }
 
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -12,6 +12,7 @@ split, and from where on the weight is decoded once, to a workspace, and cuBLAS 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
 import re
@@ -45,12 +46,10 @@ class Tiling:
     """How a product is cut.
 
     Args:
-        kernel: "small" (W from registers) or "large" (W decoded by warps of its own: 128 rows, clusters of 2).
         mt: tiles of 64 rows of a warpgroup. wgs: warpgroups that multiply. bm: tokens of a tile. kc: chunks of 64 columns of a stage.
-        stages: of the pipeline. split: blocks of a cluster that share the columns of a tile. blocks: resident on one processor. cluster: blocks that share a tile of x. band: see tile_at in fragments.cu.
+        stages: of the pipeline. split: blocks of a cluster that share the columns of a tile. blocks: resident on one processor. band: see tile_at in fragments.cu.
     """
 
-    kernel: str = "small"
     mt: int = 1
     wgs: int = 1
     bm: int = 8
@@ -58,7 +57,6 @@ class Tiling:
     stages: int = 4
     split: int = 1
     blocks: int = 1
-    cluster: int = 1
     band: int = 16
 
     @property
@@ -68,21 +66,14 @@ class Tiling:
 
     @property
     def threads(self) -> int:
-        """Of a block, as in small.cu and large.cu."""
-        if self.kernel == "large":
-            return 512
+        """Of a block, as THREADS in product.cu."""
         return 128 * self.wgs + (128 if self.wgs == 2 and self.mt * self.bm >= 128 else 32)
 
     def grid(self, tokens: int, rows: int, processors: int) -> int:
         """Number of blocks."""
         token_tiles = -(-tokens // self.bm)
-        tiles = -(-rows // (self.rows * self.cluster)) * token_tiles
-        return tiles * self.split if self.split > 1 else self.cluster * min(tiles, processors * self.blocks // self.cluster)
-
-
-def large(bm: int, stages: int, band: int = 16) -> Tiling:
-    """A tiling of the product for many tokens."""
-    return Tiling(kernel="large", wgs=2, bm=bm, kc=1, stages=stages, cluster=2, band=band)
+        tiles = -(-rows // self.rows) * token_tiles
+        return tiles * self.split if self.split > 1 else min(tiles, processors * self.blocks)
 
 
 @functools.cache
@@ -106,19 +97,60 @@ def _numbers(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[st
     }
 
 
-def shared_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
-    """Dynamic shared memory of a block, as the constants of small.cu and large.cu."""
+def _bytes(tiling: Tiling, numbers: dict[str, int]) -> tuple[int, int]:
+    """Dynamic shared memory of a block: of one stage, and of all else. As the constants of product.cu."""
     bits, group = numbers["PW0"] + numbers["PW1"] + numbers["PW2"], numbers["GROUP"]
     scale = (2, 2, 4, 1, 1, 1)[numbers["SCALE"]] + (0, 1, 1, 2, 2, 4)[numbers["ZERO"]]
     groups = 0 if not group else max(1, 64 * tiling.kc // group)
-    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * min(tiling.bm, 16) * _OUT_PITCH
-    x, codes = tiling.kc * tiling.bm * 128, tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
-    if tiling.kernel == "large":
-        return 1024 + tiling.stages * (128 * 128 + x) + 3 * (-(-codes // 128) * 128) + table + out
-    stages = tiling.stages * (-(-(x + codes) // 1024) * 1024)
-    if tiling.split == 1:
-        return 1024 + stages + table + out
-    return 1024 + max(stages, tiling.bm * (tiling.rows + 4) * 4) + table
+    codes = tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
+    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * min(tiling.bm, 64) * _OUT_PITCH
+    return -(-(tiling.kc * tiling.bm * 128 + codes) // 1024) * 1024, 1024 + table + (out if tiling.split == 1 else 0)
+
+
+def shared_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
+    """Dynamic shared memory of a block."""
+    stage, rest = _bytes(tiling, numbers)
+    sums = tiling.bm * (tiling.rows + 4) * 4 if tiling.split > 1 else 0
+    return rest + max(tiling.stages * stage, sums)
+
+
+_SHAPES = (  # mt, wgs, kc, most stages, blocks on a processor: for up to so many tokens in a tile
+    (16, ((1, 1, 4, 4, 4), (1, 2, 4, 4, 2), (2, 1, 4, 4, 3))),
+    (64, ((1, 1, 2, 4, 3), (1, 2, 2, 4, 2), (2, 2, 2, 4, 1))),
+    (128, ((1, 2, 2, 4, 1), (2, 2, 1, 6, 1))),
+    (256, ((1, 2, 1, 6, 1),)),
+)
+
+
+def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tiling]:
+    """Tilings worth asking about for a batch: the smallest tile that holds it, and for large batches those below."""
+    holds = min(256, max(8, 1 << (tokens - 1).bit_length()))
+    found = []
+    for bm in (holds,) if holds <= 32 else (holds, holds // 2) if holds <= 128 else (256, 128, 64):
+        for mt, wgs, kc, most, blocks in next(shapes for limit, shapes in _SHAPES if bm <= limit):
+            for split in (1, 2, 4, 8):
+                tiling = Tiling(mt=mt, wgs=wgs, bm=bm, kc=kc, stages=2, split=split, blocks=blocks, band=4 if bm == 256 else 16)
+                fitted = _fitted(tiling, most, columns, numbers)
+                if fitted is not None:
+                    found.append(fitted)
+    return found
+
+
+def _fitted(tiling: Tiling, most: int, columns: int, numbers: dict[str, int]) -> Tiling | None:
+    """The tiling with as many stages as fit, or None where it does not suit these columns."""
+    chunks, group = columns // 64, numbers["GROUP"]
+    while tiling.kc > 1 and (chunks % tiling.kc or (group and group % (64 * tiling.kc) and (64 * tiling.kc) % group)):
+        tiling = dataclasses.replace(tiling, kc=tiling.kc // 2)
+    turns = 2 if tiling.mt == 1 and tiling.kc == 1 else 1
+    if chunks % (tiling.kc * turns) or chunks // (tiling.kc * turns) < 2 * tiling.split:
+        return None
+    stage, rest = _bytes(tiling, numbers)
+    for blocks in range(tiling.blocks, 0, -1):
+        stages = min(most, ((_SHARED_OF_SM // blocks - 1024 if blocks > 1 else _SHARED) - rest) // stage)
+        fitted = dataclasses.replace(tiling, stages=stages, blocks=blocks)
+        if stages >= min(3, most) and shared_bytes(fitted, numbers) <= _SHARED:
+            return fitted
+    return None
 
 
 @functools.cache
@@ -126,28 +158,22 @@ def _file(name: str) -> str:
     return (_FOLDER / f"{name}.cu").read_text(encoding="utf-8")
 
 
-def _wgmma(tokens: int, f16: int, from_registers: bool) -> str:
-    """The one instruction whose text depends on its size, with its left operand from registers or from shared memory."""
+def _wgmma(tokens: int, f16: int) -> str:
+    """The one instruction whose text depends on its size."""
     n, kind = tokens // 2, "f16" if f16 else "bf16"
-    left = 4 if from_registers else 1
-    sums, a = ", ".join(f"%{i}" for i in range(n)), ", ".join(f"%{n + i}" for i in range(left))
-    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(n))
-    inputs = ", ".join(f'"r"(a[{i}])' for i in range(left)) if from_registers else '"l"(a)'
-    operand, argument, more = (f"{{{a}}}", "const u32 (&a)[4]", "") if from_registers else (a, "u64 a", " 0,")
+    sums, a = ", ".join(f"%{i}" for i in range(n)), ", ".join(f"%{n + i}" for i in range(4))
+    outputs, inputs = ", ".join(f'"+f"(d[{i}])' for i in range(n)), ", ".join(f'"r"(a[{i}])' for i in range(4))
     return (
-        f"DEVICE void wgmma(float (&d)[{n}], {argument}, u64 b, int accumulate) {{\n"
-        f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n + left + 1}, 0;\\n"\n'
-        f'    "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, {operand}, %{n + left}, p, 1, 1,{more} 0; }}"\n'
+        f"DEVICE void wgmma(float (&d)[{n}], const u32 (&a)[4], u64 b, int accumulate) {{\n"
+        f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n + 5}, 0;\\n"\n'
+        f'    "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, {{{a}}}, %{n + 4}, p, 1, 1, 0; }}"\n'
         f'    : {outputs} : {inputs}, "l"(b), "r"(accumulate));\n}}\n'
     )
 
 
 def text_of(kernel: str, defines: dict[str, int]) -> str:
-    """The whole text of a kernel: "small", "large" or "weight"."""
-    own = _file(kernel)
-    for operand in ("registers", "shared"):
-        own = own.replace(f"//@WGMMA {operand}@", _wgmma(defines["BM"], defines["F16"], operand == "registers"))
-    return _file("fragments") + own
+    """The whole text of a kernel: "product" or "weight"."""
+    return _file("fragments") + _file(kernel).replace("//@WGMMA@", _wgmma(defines["BM"], defines["F16"]))
 
 
 def _compile(kernel: str, defines: dict[str, int]) -> bytes:
@@ -157,13 +183,13 @@ def _compile(kernel: str, defines: dict[str, int]) -> bytes:
 
 def compile_product(tiling: Tiling, numbers: dict[str, int], token: bool) -> bytes:
     """The cubin of a product."""
-    sizes = {name: getattr(tiling, name.lower()) for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS", "CLUSTER", "BAND")}
-    return _compile(tiling.kernel, numbers | sizes | {"TOKEN": int(token)})
+    sizes = {name: getattr(tiling, name.lower()) for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS", "BAND")}
+    return _compile("product", numbers | sizes | {"TOKEN": int(token)})
 
 
 def compile_decoder(numbers: dict[str, int], e4m3: bool) -> bytes:
     """The cubin that decodes a whole weight."""
-    sizes = {"MT": 1, "WGS": 1, "BM": 8, "KC": 1, "CLUSTER": 1, "BAND": 1, "TOKEN": 0, "FROM_GLOBAL": 1, "E4M3": int(e4m3)}
+    sizes = {"MT": 1, "WGS": 1, "BM": 8, "KC": 1, "BAND": 1, "TOKEN": 0, "FROM_GLOBAL": 1, "E4M3": int(e4m3)}
     return _compile("weight", numbers | sizes)
 
 
@@ -171,7 +197,7 @@ def compile_decoder(numbers: dict[str, int], e4m3: bool) -> bytes:
 def _product(tiling: Tiling, scheme: str, shape: tuple[int, ...], dtype: torch.dtype, token: bool, device: int) -> nvrtc.Function:
     numbers = _numbers(scheme, shape, dtype)
     return nvrtc.load_function(
-        compile_product(tiling, numbers, token), tiling.kernel, device=device, threads=tiling.threads, shared=shared_bytes(tiling, numbers)
+        compile_product(tiling, numbers, token), "product", device=device, threads=tiling.threads, shared=shared_bytes(tiling, numbers)
     )
 
 
@@ -241,7 +267,7 @@ def product(
     function = _product(tiling, spec.scheme, spec.shape, x_MK.dtype, token_scale_M is not None, device.index)
     y_MN = torch.empty((tokens, rows), dtype=x_MK.dtype, device=device)
     _PARAMS.pack_into(
-        _ARGUMENTS, 0, _map_of(x_MK, tiling.bm // tiling.cluster), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
+        _ARGUMENTS, 0, _map_of(x_MK, tiling.bm), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
         _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0 if token_scale_M is None else token_scale_M.data_ptr(),
         0 if bias is None else bias.data_ptr(), weight.table, y_MN.data_ptr(), tokens, rows, columns, weight.stride, weight.nest,
     )  # fmt: skip

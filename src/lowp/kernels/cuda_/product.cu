@@ -1,4 +1,4 @@
-// The product for few tokens: W from registers. For the shared part see fragments.cu.
+// y[M, N] = x[M, K] @ W[N, K].T with W in 1 to 8 bits: W from registers. For decoding and the way out see fragments.cu.
 //
 // What. y^T = W x^T: W is the left operand of wgmma, m64 rows by n = BM tokens by k16, so that a batch of 8 tokens fills the
 // instruction. Its registers are where the codes are decoded: no decoded weight ever touches memory.
@@ -19,22 +19,14 @@ constexpr int CONSUMERS = 128 * WGS;
 constexpr bool TRADE = WGS == 2 && MT * BM >= 128;
 constexpr int THREADS = CONSUMERS + (TRADE ? 128 : 32);
 constexpr int TURNS = MT == 2 || KC % 2 == 0 ? 1 : 2;  // stages until the two sets of A registers are where they were
-static_assert(SPLIT == 1 || (CLUSTER == 1 && TURNS == 1), "a cluster shares columns or tokens");
 
-//@WGMMA registers@
-
-// A warp has read a stage: the blocks that write to it are told.
-DEVICE void give_back(u32 bar, int lane) {
-  if constexpr (CLUSTER > 1) {
-    if (lane < CLUSTER) barrier_arrive_at(bar, lane);
-  } else if (lane == 0) barrier_arrive(bar);
-}
+//@WGMMA@
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-#if SPLIT * CLUSTER > 1
-__cluster_dims__(SPLIT * CLUSTER, 1, 1)
+#if SPLIT > 1
+__cluster_dims__(SPLIT, 1, 1)
 #endif
-small(const __grid_constant__ Params p) {
+product(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) u8 memory[];
   const u32 stages = (shared_address(memory) + 1023) & ~1023u;
   const u32 table_at = stages + STAGES * STAGE_BYTES;
@@ -45,30 +37,28 @@ small(const __grid_constant__ Params p) {
 
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (int s = 0; s < STAGES; s++) { barrier_init(full + 8 * s, 1); barrier_init(empty + 8 * s, 4 * WGS * CLUSTER); }
+    for (int s = 0; s < STAGES; s++) { barrier_init(full + 8 * s, 1); barrier_init(empty + 8 * s, 4 * WGS); }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   fill_table(table_at, p, THREADS);
   __syncthreads();
-  if constexpr (CLUSTER > 1) cluster_sync();
 
   const int chunks = p.K / 64, all_stages = chunks / KC;
-  const u32 rank = SPLIT * CLUSTER > 1 ? cluster_rank() : 0;
-  const int stage_first = SPLIT > 1 ? all_stages * rank / SPLIT : 0, stage_last = SPLIT > 1 ? all_stages * (rank + 1) / SPLIT : all_stages;
-  const int neighbour = CLUSTER > 1 ? rank : 0;  // blocks of a cluster work on neighbouring rows
-  const int row_tiles = (p.N + ROWS * CLUSTER - 1) / (ROWS * CLUSTER), token_tiles = (p.M + BM - 1) / BM;
+  const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
+  const int turns = all_stages / TURNS, stage_first = TURNS * (turns * rank / SPLIT), stage_last = TURNS * (turns * (rank + 1) / SPLIT);
+  const int row_tiles = (p.N + ROWS - 1) / ROWS, token_tiles = (p.M + BM - 1) / BM;
   const int tiles = row_tiles * token_tiles, n64_all = (p.N + 63) / 64;
   const int groups = GROUP == 0 ? 0 : p.K / COLUMNS;
 
   if (warp >= 4 * WGS) {  // the producer
-    if constexpr (TRADE) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if constexpr (TRADE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (warp == 4 * WGS && lane == 0) {
       int s = 0;
       u32 phase = 1;
       const bool once = token_tiles == 1;
-      for (int index = blockIdx.x / (SPLIT * CLUSTER); index < tiles; index += gridDim.x / (SPLIT * CLUSTER)) {
+      for (int index = blockIdx.x / SPLIT; index < tiles; index += gridDim.x / SPLIT) {
         const Tile tile = tile_at(index, row_tiles, token_tiles);
-        const int n64 = (tile.row * CLUSTER + neighbour) * MT * WGS, height = min(MT * WGS, max(0, n64_all - n64));
+        const int n64 = tile.row * MT * WGS, height = min(MT * WGS, n64_all - n64);
         for (int k = stage_first; k < stage_last; k++) {
           barrier_wait(empty + 8 * s, phase);
           const u32 at = stages + s * STAGE_BYTES, bar = full + 8 * s;
@@ -86,24 +76,19 @@ small(const __grid_constant__ Params p) {
             }
           }
 #pragma unroll
-          for (int c = 0; c < KC; c++) {
-            if constexpr (CLUSTER > 1)  // half of the tokens, to both blocks
-              copy_tile_to_both(at + c * X_CHUNK + rank * (X_CHUNK / 2), p.x_map, (k * KC + c) * 64, tile.token * BM + rank * (BM / 2), bar);
-            else
-              copy_tile(at + c * X_CHUNK, p.x_map, (k * KC + c) * 64, tile.token * BM, bar, EVICT_LAST);
-          }
+          for (int c = 0; c < KC; c++)
+            copy_tile(at + c * X_CHUNK, p.x_map, (k * KC + c) * 64, tile.token * BM, bar, EVICT_LAST);
           if (++s == STAGES) { s = 0; phase ^= 1; }
         }
       }
     }
     __syncwarp();
-    if constexpr (SPLIT > 1) cluster_sync();
-    if constexpr (SPLIT * CLUSTER > 1) cluster_sync();
+    if constexpr (SPLIT > 1) { cluster_sync(); cluster_sync(); }
     return;
   }
 
   // a consumer warpgroup: MT * 64 rows
-  if constexpr (TRADE) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  if constexpr (TRADE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
   const int group_of_warps = warp / 4, lane128 = threadIdx.x % 128;
   const int row = 16 * (warp % 4) + lane / 4;  // and row + 8
   const u32 start = decode_start(table_at + 4 * lane, p);
@@ -112,9 +97,9 @@ small(const __grid_constant__ Params p) {
   int s = 0;
   u32 phase = 0;
 
-  for (int index = blockIdx.x / (SPLIT * CLUSTER); index < tiles; index += gridDim.x / (SPLIT * CLUSTER)) {
+  for (int index = blockIdx.x / SPLIT; index < tiles; index += gridDim.x / SPLIT) {
     const Tile tile = tile_at(index, row_tiles, token_tiles);
-    const int n64 = (tile.row * CLUSTER + neighbour) * MT * WGS + group_of_warps * MT;
+    const int n64 = tile.row * MT * WGS + group_of_warps * MT;
     int last = -1;  // stage to give back
     if (stage_first == stage_last) {
 #pragma unroll
@@ -124,7 +109,7 @@ small(const __grid_constant__ Params p) {
     }
     for (int turn = stage_first; turn < stage_last; turn += TURNS)
 #pragma unroll
-    for (int k = turn; k < turn + TURNS; k++) {
+      for (int k = turn; k < turn + TURNS; k++) {
       barrier_wait(full + 8 * s, phase);
       const u32 at = stages + s * STAGE_BYTES, x = descriptor_of(at);
       Rows rows[MT];
@@ -157,14 +142,14 @@ small(const __grid_constant__ Params p) {
             wgmma(sum[m], a[set][step], descriptor(x, c * X_CHUNK + 32 * step), k > stage_first || c > 0 || step > 0);
           wgmma_commit();
           wgmma_wait<1>();
-          if (c == 0 && m == 0 && last >= 0) give_back(empty + 8 * last, lane);
+          if (c == 0 && m == 0 && last >= 0 && lane == 0) barrier_arrive(empty + 8 * last);
         }
       }
       last = s;
       if (++s == STAGES) { s = 0; phase ^= 1; }
     }
     wgmma_wait<0>();
-    if (last >= 0) give_back(empty + 8 * last, lane);
+    if (last >= 0 && lane == 0) barrier_arrive(empty + 8 * last);
 
     if constexpr (SPLIT == 1) {
 #pragma unroll
@@ -217,5 +202,4 @@ small(const __grid_constant__ Params p) {
       cluster_sync();  // nobody leaves while its sums are read
     }
   }
-  if constexpr (CLUSTER > 1) cluster_sync();  // nobody leaves while its neighbour may still write to it
 }
