@@ -37,6 +37,8 @@ struct Params {
   const u16* bias;            // [N] in the type of y, or null
   const u16* table;           // KIND 2: 16 values in the type of x
   u16* y;                     // [M, N]
+  float4* partial;            // STREAM: sums that a block leaves to another, [block * WGS + warpgroup][MT * BM / 8][128 lanes]
+  u32* left;                  // STREAM: 1 once they are there, 0 before; same order
   int M, N, K;
   int scale_stride;           // GROUP 0: 1 for a scale a row, 0 for one of the tensor
   int nest;                   // SCALE 5: scales in a block of scale_scale
@@ -376,6 +378,38 @@ DEVICE void store_tile(const float (&sum)[BM / 2], const Params& p, int n, int t
       if (token + piece * OUT_TOKENS + t < p.M) store_rows(p, token + piece * OUT_TOKENS + t, n + r8, v);
     }
     named_barrier(barrier, 128);
+  }
+}
+
+// Sums handed from one block to another through memory: those of a lane to the lane that has the same place in its block.
+template <int MT_> DEVICE void leave_sums(const float (&sum)[MT_][BM / 2], const Params& p, int slot, int barrier) {
+  constexpr int PIECES = MT_ * BM / 8;
+  float4* to = p.partial + (u64)slot * PIECES * 128 + threadIdx.x % 128;
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) {
+    const float* v = &sum[i / (BM / 8)][4 * (i % (BM / 8))];
+    to[i * 128] = float4{v[0], v[1], v[2], v[3]};
+  }
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  named_barrier(barrier, 128);
+  if (threadIdx.x % 128 == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p.left + slot), "r"(1) : "memory");
+}
+
+template <int MT_> DEVICE void add_sums(float (&sum)[MT_][BM / 2], const Params& p, int slot, int barrier) {
+  constexpr int PIECES = MT_ * BM / 8;
+  if (threadIdx.x % 128 == 0) {
+    u32 there;
+    do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(there) : "l"(p.left + slot) : "memory");
+    while (!there);
+  }
+  named_barrier(barrier, 128);
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  const float4* from = p.partial + (u64)slot * PIECES * 128 + threadIdx.x % 128;
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) {
+    const float4 v = __ldcg(from + i * 128);
+    float* to = &sum[i / (BM / 8)][4 * (i % (BM / 8))];
+    to[0] += v.x; to[1] += v.y; to[2] += v.z; to[3] += v.w;
   }
 }
 

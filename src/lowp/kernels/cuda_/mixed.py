@@ -36,7 +36,7 @@ _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
 _SHARED = 227 * 1024  # of one block, on sm90
 _SHARED_OF_SM = 228 * 1024
-_PARAMS = struct.Struct("128s9Q5i")  # as `Params` in fragments.cu
+_PARAMS = struct.Struct("128s11Q5i")  # as `Params` in fragments.cu
 _FOLDER = Path(__file__).parent
 _OUT_PITCH = 72 * 2  # bytes between tokens, as OUT_PITCH in fragments.cu
 
@@ -47,7 +47,8 @@ class Tiling:
 
     Args:
         mt: tiles of 64 rows of a warpgroup. wgs: warpgroups that multiply. bm: tokens of a tile. kc: chunks of 64 columns of a stage.
-        stages: of the pipeline. split: blocks of a cluster that share the columns of a tile. blocks: resident on one processor. band: see tile_at in fragments.cu.
+        stages: of the pipeline. split: blocks of a cluster that share the columns of a tile. blocks: resident on one processor.
+        stream: 1 where what does not fill a last round of tiles is cut into equal parts for all blocks. band: see tile_at in fragments.cu.
     """
 
     mt: int = 1
@@ -57,6 +58,7 @@ class Tiling:
     stages: int = 4
     split: int = 1
     blocks: int = 1
+    stream: int = 0
     band: int = 16
 
     @property
@@ -69,10 +71,11 @@ class Tiling:
         """Of a block, as THREADS in product.cu."""
         return 128 * self.wgs + (128 if self.wgs == 2 and self.mt * self.bm >= 128 else 32)
 
-    def grid(self, tokens: int, rows: int, processors: int) -> int:
-        """Number of blocks."""
-        token_tiles = -(-tokens // self.bm)
-        tiles = -(-rows // self.rows) * token_tiles
+    def grid(self, tokens: int, rows: int, columns: int, processors: int) -> int:
+        """Number of blocks; where they stream each gets at least four turns of two chunks."""
+        tiles = -(-rows // self.rows) * -(-tokens // self.bm)
+        if self.stream:
+            return max(1, min(processors, tiles * columns // 512))
         return tiles * self.split if self.split > 1 else min(tiles, processors * self.blocks)
 
 
@@ -128,8 +131,10 @@ def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tilin
     found = []
     for bm in (holds,) if holds <= 32 else (holds, holds // 2) if holds <= 128 else (256, 128, 64):
         for mt, wgs, kc, most, blocks in next(shapes for limit, shapes in _SHAPES if bm <= limit):
-            for split in (1, 2, 4, 8):
-                tiling = Tiling(mt=mt, wgs=wgs, bm=bm, kc=kc, stages=2, split=split, blocks=blocks, band=4 if bm == 256 else 16)
+            for split in (0, 1) if bm > 64 else (1, 2, 4, 8):  # 0: streamed
+                tiling = Tiling(
+                    mt=mt, wgs=wgs, bm=bm, kc=kc, stages=2, split=max(split, 1), blocks=blocks, stream=int(not split), band=4 if bm == 256 else 16
+                )  # fmt: skip
                 fitted = _fitted(tiling, most, columns, numbers)
                 if fitted is not None:
                     found.append(fitted)
@@ -183,7 +188,7 @@ def _compile(kernel: str, defines: dict[str, int]) -> bytes:
 
 def compile_product(tiling: Tiling, numbers: dict[str, int], token: bool) -> bytes:
     """The cubin of a product."""
-    sizes = {name: getattr(tiling, name.lower()) for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS", "BAND")}
+    sizes = {name: getattr(tiling, name.lower()) for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS", "STREAM", "BAND")}
     return _compile("product", numbers | sizes | {"TOKEN": int(token)})
 
 
@@ -266,12 +271,18 @@ def product(
     weight = _weight(spec.scheme, spec.shape, x_MK.dtype, device)
     function = _product(tiling, spec.scheme, spec.shape, x_MK.dtype, token_scale_M is not None, device.index)
     y_MN = torch.empty((tokens, rows), dtype=x_MK.dtype, device=device)
+    grid = tiling.grid(tokens, rows, columns, weight.processors)
+    partial = left = None
+    if tiling.stream:
+        partial = torch.empty((grid, tiling.rows * tiling.bm), dtype=torch.float32, device=device)
+        left = torch.zeros((grid, tiling.wgs), dtype=torch.int32, device=device)
     _PARAMS.pack_into(
         _ARGUMENTS, 0, _map_of(x_MK, tiling.bm), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
         _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0 if token_scale_M is None else token_scale_M.data_ptr(),
-        0 if bias is None else bias.data_ptr(), weight.table, y_MN.data_ptr(), tokens, rows, columns, weight.stride, weight.nest,
+        0 if bias is None else bias.data_ptr(), weight.table, y_MN.data_ptr(), 0 if partial is None else partial.data_ptr(), 0 if left is None else left.data_ptr(),
+        tokens, rows, columns, weight.stride, weight.nest,
     )  # fmt: skip
-    function.launch((tiling.grid(tokens, rows, weight.processors), 1), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
+    function.launch((grid, 1), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
     return y_MN
 
 
@@ -286,8 +297,8 @@ def decode(packed: Packed, spec: Spec, dtype: torch.dtype, e4m3: bool = False) -
     pieces = min(columns // 64, max(1, -(-weight.processors * 16 // tiles)))
     _PARAMS.pack_into(
         _ARGUMENTS, 0, bytes(128), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
-        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0, 0, weight.table, w_NK.data_ptr(), 0, rows, columns,
-        weight.stride, weight.nest,
+        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0, 0, weight.table, w_NK.data_ptr(), 0, 0, 0, rows,
+        columns, weight.stride, weight.nest,
     )  # fmt: skip
     function.launch((tiles, pieces), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
     return w_NK

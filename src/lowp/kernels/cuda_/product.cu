@@ -22,6 +22,40 @@ constexpr int TURNS = MT == 2 || KC % 2 == 0 ? 1 : 2;  // stages until the two s
 
 //@WGMMA@
 
+// The share of the work of a block: segments of tiles, counted in turns. SPLIT: the ranks of a cluster take equal parts of one tile.
+// STREAM: what does not fill a last round of whole tiles is cut into equal parts, tile after tile, so that all blocks end together
+// (Osama et al., "Stream-K", arXiv 2301.03598, section 5); after that whole tiles.
+struct Segment { int tile, first, last; };
+
+struct Walk {
+  int tiles, turns, streamed, at, end, whole;
+
+  DEVICE Walk(int tiles, int turns, int rank) : tiles(tiles), turns(turns) {
+    const int blocks = gridDim.x, b = blockIdx.x;
+    streamed = !STREAM || tiles % blocks == 0 ? 0 : tiles < blocks ? tiles : tiles % blocks + blocks;
+    at = STREAM ? (int)((u64)streamed * turns * b / blocks) : turns * rank / SPLIT;
+    end = STREAM ? (int)((u64)streamed * turns * (b + 1) / blocks) : turns * (rank + 1) / SPLIT;
+    whole = streamed + b / SPLIT;
+  }
+
+  DEVICE bool next(Segment& segment) {
+    if (STREAM && at < end) {
+      segment.tile = at / turns;
+      segment.first = at - segment.tile * turns;
+      segment.last = min(turns, segment.first + end - at);
+      at += segment.last - segment.first;
+      return true;
+    }
+    if (whole >= tiles) return false;
+    segment = STREAM ? Segment{whole, 0, turns} : Segment{whole, at, end};
+    whole += gridDim.x / SPLIT;
+    return true;
+  }
+
+  // Where the share of another block ends, in turns of all streamed tiles.
+  DEVICE int end_of(int block) const { return (int)((u64)streamed * turns * (block + 1) / gridDim.x); }
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 #if SPLIT > 1
 __cluster_dims__(SPLIT, 1, 1)
@@ -45,21 +79,22 @@ product(const __grid_constant__ Params p) {
 
   const int chunks = p.K / 64, all_stages = chunks / KC;
   const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
-  const int turns = all_stages / TURNS, stage_first = TURNS * (turns * rank / SPLIT), stage_last = TURNS * (turns * (rank + 1) / SPLIT);
+  const int turns = all_stages / TURNS;
   const int row_tiles = (p.N + ROWS - 1) / ROWS, token_tiles = (p.M + BM - 1) / BM;
   const int tiles = row_tiles * token_tiles, n64_all = (p.N + 63) / 64;
   const int groups = GROUP == 0 ? 0 : p.K / COLUMNS;
 
   if (warp >= 4 * WGS) {  // the producer
-    if constexpr (TRADE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (TRADE) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (warp == 4 * WGS && lane == 0) {
       int s = 0;
       u32 phase = 1;
       const bool once = token_tiles == 1;
-      for (int index = blockIdx.x / SPLIT; index < tiles; index += gridDim.x / SPLIT) {
-        const Tile tile = tile_at(index, row_tiles, token_tiles);
+      Walk walk(tiles, turns, rank);
+      for (Segment segment; walk.next(segment);) {
+        const Tile tile = tile_at(segment.tile, row_tiles, token_tiles);
         const int n64 = tile.row * MT * WGS, height = min(MT * WGS, n64_all - n64);
-        for (int k = stage_first; k < stage_last; k++) {
+        for (int k = TURNS * segment.first; k < TURNS * segment.last; k++) {
           barrier_wait(empty + 8 * s, phase);
           const u32 at = stages + s * STAGE_BYTES, bar = full + 8 * s;
           barrier_expect(bar, KC * X_CHUNK + height * (KC * UNIT_BYTES + GROUPS * 64 * (SCALE_BYTES + ZERO_BYTES)));
@@ -88,7 +123,7 @@ product(const __grid_constant__ Params p) {
   }
 
   // a consumer warpgroup: MT * 64 rows
-  if constexpr (TRADE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  if constexpr (TRADE) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
   const int group_of_warps = warp / 4, lane128 = threadIdx.x % 128;
   const int row = 16 * (warp % 4) + lane / 4;  // and row + 8
   const u32 start = decode_start(table_at + 4 * lane, p);
@@ -97,8 +132,10 @@ product(const __grid_constant__ Params p) {
   int s = 0;
   u32 phase = 0;
 
-  for (int index = blockIdx.x / SPLIT; index < tiles; index += gridDim.x / SPLIT) {
-    const Tile tile = tile_at(index, row_tiles, token_tiles);
+  Walk walk(tiles, turns, rank);
+  for (Segment segment; walk.next(segment);) {
+    const Tile tile = tile_at(segment.tile, row_tiles, token_tiles);
+    const int stage_first = TURNS * segment.first, stage_last = TURNS * segment.last;
     const int n64 = tile.row * MT * WGS + group_of_warps * MT;
     int last = -1;  // stage to give back
     if (stage_first == stage_last) {
@@ -151,6 +188,15 @@ product(const __grid_constant__ Params p) {
     wgmma_wait<0>();
     if (last >= 0 && lane == 0) barrier_arrive(empty + 8 * last);
 
+    if constexpr (STREAM) {
+      if (segment.first > 0) {  // the rest of a tile that another block began
+        leave_sums<MT>(sum, p, blockIdx.x * WGS + group_of_warps, 1 + group_of_warps);
+        continue;
+      }
+      if (segment.last < turns)  // and this one began it: those that took the rest come next, in order; a share may be empty
+        for (int b = blockIdx.x, end = (segment.tile + 1) * turns; walk.end_of(b) < end; b++)
+          if (walk.end_of(b + 1) > walk.end_of(b)) add_sums<MT>(sum, p, (b + 1) * WGS + group_of_warps, 1 + group_of_warps);
+    }
     if constexpr (SPLIT == 1) {
 #pragma unroll
       for (int m = 0; m < MT; m++)
