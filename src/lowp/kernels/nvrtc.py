@@ -5,7 +5,7 @@ torch for CUDA brings NVRTC along, and the driver is there wherever torch sees a
     source text + options --NVRTC--> cubin --disk--> module of a device --> function --> launch on torch's current stream
 
 A cubin is named by a hash of the text, the options and the compiler's version, written under a temporary name and renamed. The
-cache lives in $LOWP_CACHE, else $XDG_CACHE_HOME/lowp, else ~/.cache/lowp; where none can be written, each process compiles anew.
+folder is that of `lowp.ops.tuned`; where none can be written, each process compiles anew.
 
 A kernel takes one struct: its bytes are packed by the caller, so that a launch costs one call through ctypes.
 
@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from ..errors import KernelError
+from ..ops.tuned import cache_folder
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _BFLOAT16, _FLOAT16 = 9, 6  # CU_TENSOR_MAP_DATA_TYPE_*
@@ -64,7 +65,7 @@ def _compiler() -> ctypes.CDLL:
 
 
 def available() -> str:
-    """"" where text can be compiled and launched, else one sentence why not."""
+    """ "" where text can be compiled and launched, else one sentence why not."""
     if torch.version.cuda is None:
         return f"wants torch for CUDA, got torch {torch.__version__}"
     try:
@@ -79,13 +80,6 @@ def _compiler_version() -> str:
     major, minor = ctypes.c_int(), ctypes.c_int()
     _compiler().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     return f"{major.value}.{minor.value}"
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    if "LOWP_CACHE" in os.environ:
-        return Path(os.environ["LOWP_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowp"
 
 
 def compile_text(source: str, options: Sequence[str]) -> bytes:
@@ -163,7 +157,10 @@ def load_function(cubin: bytes, name: str, *, device: int, threads: int, shared:
         torch.empty(1, device="cuda")
         _check(driver.cuModuleLoadData(ctypes.byref(module), cubin), f"loading {name}")
         _check(driver.cuModuleGetFunction(ctypes.byref(handle), module, name.encode()), f"finding {name}")
-        _check(driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared), f"{shared} bytes of shared memory for {name}")
+        _check(
+            driver.cuFuncSetAttribute(handle, _MAX_DYNAMIC_SHARED, shared),
+            f"{shared} bytes of shared memory for {name}",
+        )
     return Function(handle=handle, threads=threads, shared=shared)
 
 

@@ -71,7 +71,9 @@ def _pack_plane(values: Tensor, width: int, element: Element) -> Tensor:
     """(..., 128, 16, 2) values of one plane -> (..., 512 * width) bytes."""
     if width == 8:  # pair 2 p + h of the word p: bytes h and h + 2
         words = values.unflatten(-2, (8, 2)).transpose(-1, -2).flatten(-2)  # (..., 128, 8 words, 4 bytes)
-        return words.unflatten(-2, (2, 4)).transpose(-3, -4).flatten(-4)  # halves of 16 bytes a lane, one after the other
+        return (
+            words.unflatten(-2, (2, 4)).transpose(-3, -4).flatten(-4)
+        )  # halves of 16 bytes a lane, one after the other
     pairs = values.unflatten(-2, (-1, 16 // width))  # (..., 128, words, pairs of a word, 2)
     between_pairs, between_codes = _places(element, width)
     word = torch.zeros((*pairs.shape[:-2], 4), dtype=torch.uint8, device=values.device)
@@ -142,7 +144,9 @@ def _unpack(packed: Packed, spec: Spec) -> Parts:
     parts = dict(packed)
     if by_group(fmt):
         parts |= {name: _ungroup_scales(packed[name], rows) for name in ("scale", "zero_point") if name in packed}
-    return Parts.of(parts | {"qdata": fmt.element.from_codes(_unpack_codes(packed["qdata"], fmt.element, rows).contiguous())})
+    return Parts.of(
+        parts | {"qdata": fmt.element.from_codes(_unpack_codes(packed["qdata"], fmt.element, rows).contiguous())}
+    )
 
 
 def _why_not(fmt: Format, shape: tuple[int, ...], device: str) -> str:

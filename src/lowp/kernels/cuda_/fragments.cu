@@ -12,7 +12,7 @@
 // What is compiled in (-D): NPLANES PW0..PW2 (widths of bit planes, low bits first), KIND (0 integer, 1 small float, 2 codebook),
 // SIGNED, EBITS and EBIAS (of a float), GROUP (columns that share a scale; 0: a scale for each row, or one), SCALE (0 bf16, 1 fp16,
 // 2 fp32, 3 e8m0, 4 e4m3 with a scale of the tensor, 5 int8 in blocks of `nest`), ZERO (0 none, 1 int8, 2 uint8, 3 bf16, 4 fp16,
-// 5 fp32), F16 (type of x, y and the decoded weight: 0 bf16, 1 fp16), TOKEN (a scale for each token), and the sizes of a tile:
+// 5 fp32), F16 (type of x, y and the decoded weight: 0 bf16, 1 fp16), and the sizes of a tile:
 // MT (64-row tiles of a warpgroup), WGS (warpgroups that multiply), BM (tokens), KC (64-column chunks of a stage), STAGES.
 //
 // Legend: M tokens, N output channels, K input channels; a chunk is 64 columns, a unit the 64 x 64 weights of a chunk.
@@ -33,7 +33,6 @@ struct Params {
   const u8* zero;             // as scale
   const float* scale_scale;   // SCALE 4: one or null; SCALE 5: one for each NEST scales in the order of (N, K/GROUP)
   const float* scale_zero;    // SCALE 5
-  const float* token_scale;   // [M], TOKEN
   const u16* bias;            // [N] in the type of y, or null
   const u16* table;           // KIND 2: 16 values in the type of x
   u16* y;                     // [M, N]
@@ -356,15 +355,9 @@ DEVICE void store_tile(const float (&sum)[BM / 2], const Params& p, int n, int t
     if (token + piece * OUT_TOKENS >= p.M) break;
 #pragma unroll
     for (int t = 0; t < OUT_TOKENS / 8; t++) {
-      const int first = token + piece * OUT_TOKENS + 8 * t + 2 * (lane % 4);
-      float by_token[2] = {1.0f, 1.0f};
-      if constexpr (TOKEN) {
-        by_token[0] = first < p.M ? p.token_scale[first] : 0.0f;
-        by_token[1] = first + 1 < p.M ? p.token_scale[first + 1] : 0.0f;
-      }
       const float* v = &sum[4 * (piece * OUT_TOKENS / 8 + t)];
-      const u32 low = pack_two(fmaf(v[0] * by_token[0], by[0], add[0]), fmaf(v[1] * by_token[1], by[0], add[0]));
-      const u32 high = pack_two(fmaf(v[2] * by_token[0], by[1], add[1]), fmaf(v[3] * by_token[1], by[1], add[1]));
+      const u32 low = pack_two(fmaf(v[0], by[0], add[0]), fmaf(v[1], by[0], add[0]));
+      const u32 high = pack_two(fmaf(v[2], by[1], add[1]), fmaf(v[3], by[1], add[1]));
       const u32 to = out + ((8 * t + lane % 8) * OUT_PITCH + 16 * (lane128 / 32) + 8 * (lane / 8 % 2)) * 2;
       asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(low), "r"(high) : "memory");
     }

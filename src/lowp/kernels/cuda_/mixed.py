@@ -11,6 +11,7 @@ split, and from where on the weight is decoded once, to a workspace, and cuBLAS 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -19,15 +20,17 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...layouts import Spec
+from ...layouts import LAYOUTS, Spec
 from ...layouts.base import Packed
-from ...layouts.fragments import by_group, planes
-from ...numerics import Format, Scheme
+from ...layouts.fragments import UNIT, by_group, planes
+from ...numerics import Scheme, known_formats
+from ...ops import tuned
 from ...ops.linear import act_values, prescale
 from ...ops.registry import Case, Kernel
 from .. import nvrtc
@@ -36,7 +39,7 @@ _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
 _SHARED = 227 * 1024  # of one block, on sm90
 _SHARED_OF_SM = 228 * 1024
-_PARAMS = struct.Struct("128s11Q5i")  # as `Params` in fragments.cu
+_PARAMS = struct.Struct("128s10Q5i")  # as `Params` in fragments.cu
 _FOLDER = Path(__file__).parent
 _OUT_PITCH = 72 * 2  # bytes between tokens, as OUT_PITCH in fragments.cu
 
@@ -85,7 +88,13 @@ def _numbers(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[st
     fmt = Scheme.parse(scheme).weight
     element, widths = fmt.element, planes(fmt.element.bits)
     nested = fmt.nested
-    scale = (4 if nested.element.kind == "float" else 5) if nested else 4 if fmt.scale == "e4m3" else _SCALES[str(fmt.scale)]
+    scale = (
+        (4 if nested.element.kind == "float" else 5)
+        if nested
+        else 4
+        if fmt.scale == "e4m3"
+        else _SCALES[str(fmt.scale)]
+    )
     return {
         "NPLANES": len(widths),
         **{f"PW{i}": widths[i] if i < len(widths) else 0 for i in range(3)},
@@ -186,23 +195,30 @@ def _compile(kernel: str, defines: dict[str, int]) -> bytes:
     return nvrtc.compile_text(text_of(kernel, defines), options)
 
 
-def compile_product(tiling: Tiling, numbers: dict[str, int], token: bool) -> bytes:
+def compile_product(tiling: Tiling, numbers: dict[str, int]) -> bytes:
     """The cubin of a product."""
-    sizes = {name: getattr(tiling, name.lower()) for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS", "STREAM", "BAND")}
-    return _compile("product", numbers | sizes | {"TOKEN": int(token)})
+    sizes = {
+        name: getattr(tiling, name.lower())
+        for name in ("MT", "WGS", "BM", "KC", "STAGES", "SPLIT", "BLOCKS", "STREAM", "BAND")
+    }
+    return _compile("product", numbers | sizes)
 
 
 def compile_decoder(numbers: dict[str, int], e4m3: bool) -> bytes:
     """The cubin that decodes a whole weight."""
-    sizes = {"MT": 1, "WGS": 1, "BM": 8, "KC": 1, "BAND": 1, "TOKEN": 0, "FROM_GLOBAL": 1, "E4M3": int(e4m3)}
+    sizes = {"MT": 1, "WGS": 1, "BM": 8, "KC": 1, "BAND": 1, "FROM_GLOBAL": 1, "E4M3": int(e4m3)}
     return _compile("weight", numbers | sizes)
 
 
 @functools.cache
-def _product(tiling: Tiling, scheme: str, shape: tuple[int, ...], dtype: torch.dtype, token: bool, device: int) -> nvrtc.Function:
+def _product(tiling: Tiling, scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: int) -> nvrtc.Function:
     numbers = _numbers(scheme, shape, dtype)
     return nvrtc.load_function(
-        compile_product(tiling, numbers, token), "product", device=device, threads=tiling.threads, shared=shared_bytes(tiling, numbers)
+        compile_product(tiling, numbers),
+        "product",
+        device=device,
+        threads=tiling.threads,
+        shared=shared_bytes(tiling, numbers),
     )
 
 
@@ -221,25 +237,29 @@ def _table(scheme: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Weight:
-    """What does not change from call to call for all weights of one scheme, shape, dtype and device."""
+    """What all weights of one scheme, shape, dtype and device have in common, and the tilings chosen so far."""
 
     numbers: dict[str, int]
     table: int
     stride: int
     nest: int
-    processors: int
+    chip: Chip
+    quantized_input: bool
+    chosen: dict[int, Tiling | None]
 
 
 @functools.cache
 def _weight(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Weight:
-    fmt = Scheme.parse(scheme).weight
-    nest = math.prod(fmt.nested.block_dims(fmt.scale_shape(shape))) if fmt.nested else 1
+    parsed = Scheme.parse(scheme)
+    fmt = parsed.weight
     return _Weight(
         numbers=_numbers(scheme, shape, dtype),
         table=_table(scheme, dtype, device).data_ptr() if fmt.element.kind == "codebook" else 0,
         stride=0 if fmt.block == "tensor" else 1,
-        nest=nest,
-        processors=torch.cuda.get_device_properties(device).multi_processor_count,
+        nest=math.prod(fmt.nested.block_dims(fmt.scale_shape(shape))) if fmt.nested else 1,
+        chip=Chip.of(device),
+        quantized_input=parsed.act is not None,
+        chosen={},
     )
 
 
@@ -258,29 +278,27 @@ def _map_of(x_MK: Tensor, bm: int) -> bytes:
     if found is None:
         if len(_MAPS) > 16384:
             _MAPS.clear()
-        found = _MAPS[key] = nvrtc.tensor_map(x_MK, bm, 64)
+        found = _MAPS[key] = nvrtc.tensor_map(x_MK, bm, UNIT)
     return found
 
 
-def product(
-    x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, tiling: Tiling, token_scale_M: Tensor | None = None
-) -> Tensor:
-    """The product by one tiling. x_MK: contiguous, bf16 or fp16, on CUDA."""
+def product(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, tiling: Tiling) -> Tensor:
+    """The product by one tiling. x_MK, bias: contiguous, of one dtype, bf16 or fp16, on CUDA; x_MK at an address of 16 bytes."""
     tokens, columns = x_MK.shape
     rows, device = spec.shape[0], x_MK.device
     weight = _weight(spec.scheme, spec.shape, x_MK.dtype, device)
-    function = _product(tiling, spec.scheme, spec.shape, x_MK.dtype, token_scale_M is not None, device.index)
+    function = _product(tiling, spec.scheme, spec.shape, x_MK.dtype, device.index)
     y_MN = torch.empty((tokens, rows), dtype=x_MK.dtype, device=device)
-    grid = tiling.grid(tokens, rows, columns, weight.processors)
+    grid = tiling.grid(tokens, rows, columns, weight.chip.processors)
     partial = left = None
     if tiling.stream:
         partial = torch.empty((grid, tiling.rows * tiling.bm), dtype=torch.float32, device=device)
         left = torch.zeros((grid, tiling.wgs), dtype=torch.int32, device=device)
     _PARAMS.pack_into(
         _ARGUMENTS, 0, _map_of(x_MK, tiling.bm), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
-        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0 if token_scale_M is None else token_scale_M.data_ptr(),
-        0 if bias is None else bias.data_ptr(), weight.table, y_MN.data_ptr(), 0 if partial is None else partial.data_ptr(), 0 if left is None else left.data_ptr(),
-        tokens, rows, columns, weight.stride, weight.nest,
+        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0 if bias is None else bias.data_ptr(), weight.table,
+        y_MN.data_ptr(), 0 if partial is None else partial.data_ptr(), 0 if left is None else left.data_ptr(), tokens, rows, columns,
+        weight.stride, weight.nest,
     )  # fmt: skip
     function.launch((grid, 1), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
     return y_MN
@@ -293,15 +311,177 @@ def decode(packed: Packed, spec: Spec, dtype: torch.dtype, e4m3: bool = False) -
     weight = _weight(spec.scheme, spec.shape, dtype, device)
     function = _decoder(spec.scheme, spec.shape, dtype, e4m3, device.index)
     w_NK = torch.empty((rows, columns), dtype=torch.float8_e4m3fn if e4m3 else dtype, device=device)
-    tiles = -(-rows // 64)
-    pieces = min(columns // 64, max(1, -(-weight.processors * 16 // tiles)))
+    tiles = -(-rows // UNIT)
+    pieces = min(columns // UNIT, max(1, -(-weight.chip.processors * 16 // tiles)))
     _PARAMS.pack_into(
         _ARGUMENTS, 0, bytes(128), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
-        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0, 0, weight.table, w_NK.data_ptr(), 0, 0, 0, rows,
-        columns, weight.stride, weight.nest,
+        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0, weight.table, w_NK.data_ptr(), 0, 0, 0, rows, columns,
+        weight.stride, weight.nest,
     )  # fmt: skip
     function.launch((tiles, pieces), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
     return w_NK
 
 
-KERNELS = ()
+# -- what is chosen ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chip:
+    """A processor as the model of the time sees it. bandwidth: bytes a second; processors: multiprocessors."""
+
+    processors: int = 132
+    bandwidth: float = 3.0e12
+
+    @staticmethod
+    def of(device: torch.device) -> Chip:
+        """The GPU at hand: 0.92 of what its memory's clock and width promise is what reading reaches."""
+        found = torch.cuda.get_device_properties(device)
+        promised = 2e3 * getattr(found, "memory_clock_rate", 2_619_000) * getattr(found, "memory_bus_width", 5120) / 8
+        return Chip(processors=found.multi_processor_count, bandwidth=0.92 * promised)
+
+
+def estimate_us(
+    tiling: Tiling | None, tokens: int, shape: tuple[int, int], numbers: dict[str, int], chip: Chip
+) -> float:
+    """A model of the time of a product, in microseconds; None: decode once, then cuBLAS. Good for choosing, not for promising."""
+    rows, columns = shape
+    bits = numbers["PW0"] + numbers["PW1"] + numbers["PW2"]
+    weight_bytes = rows * columns * bits / 8
+    if tiling is None:
+        cublas = max(2 * tokens * rows * columns / _CUBLAS, 2 * rows * columns / chip.bandwidth)
+        return 1e6 * ((weight_bytes + 2 * rows * columns) / (_DECODES * chip.bandwidth) + cublas) + 6
+    chunks, tiles = columns / UNIT, -(-rows // tiling.rows) * -(-tokens // tiling.bm)
+    # Cycles of a chunk of one block: tensor cores, reading from the L2 cache, decoding.
+    multiply = tiling.rows * tiling.bm / 32 / _TENSOR
+    read = (tiling.bm * 128 + tiling.rows * 8 * bits) / _L2_BYTES
+    work = tiling.rows / 64 * _DECODE_CYCLES
+    cycles = max(multiply, read, work)
+    share = tiles / chip.processors if tiling.stream else -(-tiles * tiling.split // chip.processors) / tiling.split
+    alone = chunks / tiling.split * (_LATENCY + work)  # a block cannot be faster than its chain of stages
+    of_processor = share * chunks * cycles
+    ends = (
+        _START
+        + (_ADD * tiling.bm * tiling.rows if tiling.split > 1 or tiling.stream else 0)
+        + _STORE * tiling.bm * tiling.rows * math.ceil(share)
+    )
+    memory = weight_bytes / chip.bandwidth * 1e6
+    return max(max(of_processor, 0 if tiling.stream else alone) / _MHZ, memory) + ends / _MHZ
+
+
+# Found by fitting `estimate_us` to sweeps on an H100 (benchmarks/results/linear_gpu.csv is what came of it).
+_MHZ = 1700.0
+_TENSOR = 0.85
+_L2_BYTES = 30.0
+_DECODE_CYCLES = 130.0
+_LATENCY = 120.0
+_START = 6000.0
+_ADD = 0.05
+_STORE = 0.05
+_CUBLAS = 7.9e14
+_DECODES = 0.78
+
+
+def _chosen(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> Tiling | None:
+    measured = tuned.choice("mixed", tuned.key_of(spec.scheme, dtype, spec.shape, tokens))
+    if measured is not None:
+        return None if measured.get("decode") else Tiling(**measured)
+    if tokens not in weight.chosen:
+        shape = (spec.shape[0], spec.shape[1])
+        found = [*candidates(tokens, shape[1], weight.numbers), None]
+        weight.chosen[tokens] = min(found, key=lambda one: estimate_us(one, tokens, shape, weight.numbers, weight.chip))
+    return weight.chosen[tokens]
+
+
+def _candidates(case: Case, tokens: int) -> list[dict[str, Any]]:
+    """For `lowp tune`: every tiling, and decoding first."""
+    numbers = _numbers(case.scheme, case.shape, getattr(torch, case.dtype))
+    return [*(dataclasses.asdict(one) for one in candidates(tokens, case.shape[1], numbers)), {"decode": True}]
+
+
+# -- the op -----------------------------------------------------------------------------------------------------------
+
+
+def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
+    tokens, dtype = x_MK.shape[0], x_MK.dtype
+    if tokens == 0:
+        return x_MK.new_empty((0, spec.shape[0]))
+    weight = _weight(spec.scheme, spec.shape, dtype, x_MK.device)
+    if weight.quantized_input:
+        x_MK = act_values(x_MK, packed, spec, torch.float32).to(dtype)
+    elif "act_pre_scale" in packed:
+        x_MK = prescale(x_MK, packed)
+    if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
+        bias = bias.to(dtype).contiguous()
+    if not x_MK.is_contiguous() or x_MK.data_ptr() % 16:
+        x_MK = x_MK.clone(memory_format=torch.contiguous_format)
+    with (
+        torch.cuda.device(x_MK.device) if x_MK.device.index != torch.cuda.current_device() else contextlib.nullcontext()
+    ):
+        tiling = _chosen(weight, spec, dtype, tokens)
+        if tiling is None:
+            return F.linear(x_MK, decode(packed, spec, dtype), bias)
+        return product(x_MK, packed, spec, bias, tiling)
+
+
+_OPS = torch.library.Library("lowp", "FRAGMENT")
+_OPS.define("mixed(Tensor x, Tensor[] packed, str names, Tensor? bias, str scheme, int[] shape) -> Tensor")
+
+
+def _op(x_MK: Tensor, tensors: list[Tensor], names: str, bias: Tensor | None, scheme: str, shape: list[int]) -> Tensor:
+    spec = Spec(scheme=scheme, layout="fragments", shape=tuple(shape))
+    return _linear(x_MK, dict(zip(names.split(","), tensors, strict=True)), spec, bias)
+
+
+_OPS.impl("mixed", _op, "CUDA")
+torch.library.register_fake(
+    "lowp::mixed", lambda x, packed, names, bias, scheme, shape: x.new_empty((x.shape[0], shape[0])), lib=_OPS
+)
+
+
+def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
+    if type(x_MK) is Tensor and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
+        return _linear(
+            x_MK, packed, spec, bias
+        )  # nobody traces: the op's own way round would cost more than the launch
+    return torch.ops.lowp.mixed(x_MK, list(packed.values()), ",".join(packed), bias, spec.scheme, list(spec.shape))
+
+
+@functools.cache
+def _compiler_missing() -> str:
+    return nvrtc.available()
+
+
+def _why_not(case: Case) -> str:
+    weight, act = case.weight, case.act
+    if case.device != "cuda":
+        return f"wants cuda, got {case.device}"
+    if case.sm != 90:
+        return f"wants sm90, got sm{case.sm}"
+    if case.dtype not in ("bfloat16", "float16"):
+        return f"wants bfloat16 or float16 activations, got {case.dtype}"
+    if len(case.shape) != 2:
+        return f"wants a matrix, got shape {case.shape}"
+    if not by_group(weight) and (weight.zero_point or weight.scale not in ("fp32", "bf16", "fp16")):
+        return f"wants scales of rows that are floats, and no zero point beside them, got {weight}"
+    if act is not None and weight.element.bits == 8 and not by_group(weight) and act.block in ("row", "tensor"):
+        return f"wants weights below 8 bits or with scales of groups where activations are quantized too, got {case.scheme}"
+    return _compiler_missing()
+
+
+KERNELS = (
+    Kernel(
+        op="linear",
+        name="mixed",
+        rank=50,
+        layout="fragments",
+        why_not=_why_not,
+        run=_run,
+        about="decoded in registers, between Hopper's copy engine and its tensor cores (CUDA text)",
+        cases=tuple(
+            known.spelling
+            for known in known_formats()
+            if not LAYOUTS["fragments"].why_not(Scheme.parse(known.spelling).weight, (256, 256), "cuda")
+        ),
+        candidates=_candidates,
+    ),
+)

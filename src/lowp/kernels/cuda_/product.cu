@@ -231,7 +231,6 @@ product(const __grid_constant__ Params p) {
             total[4 * h] += v[0]; total[4 * h + 1] += v[1]; total[4 * h + 2] += v[2]; total[4 * h + 3] += v[3];
           }
         }
-        const float by_token = TOKEN ? p.token_scale[tile.token * BM + token] : 1.0f;
         u32 v[4];
 #pragma unroll
         for (int h = 0; h < 4; h++) {
@@ -239,7 +238,7 @@ product(const __grid_constant__ Params p) {
 #pragma unroll
           for (int e = 0; e < 2; e++) {
             const int at = min(n + 2 * h + e, p.N - 1);
-            two[e] = fmaf(total[2 * h + e] * by_token, row_scale(p, at), p.bias != nullptr ? to_float(p.bias[at]) : 0.0f);
+            two[e] = fmaf(total[2 * h + e], row_scale(p, at), p.bias != nullptr ? to_float(p.bias[at]) : 0.0f);
           }
           v[h] = pack_two(two[0], two[1]);
         }
