@@ -143,8 +143,8 @@ class Function:
         """Run it on a stream; `params` holds the bytes of its one argument."""
         pointer = ctypes.c_void_p(ctypes.addressof(params))
         status = _driver().cuLaunchKernel(
-            self.handle, grid[0], grid[1], 1, self.threads, 1, 1, self.shared, ctypes.c_void_p(stream), ctypes.byref(pointer), None
-        )  # fmt: skip
+            self.handle, *grid, 1, self.threads, 1, 1, self.shared, ctypes.c_void_p(stream), ctypes.byref(pointer), None
+        )
         if status:
             _check(status, f"launch of {grid} blocks of {self.threads} threads")
 

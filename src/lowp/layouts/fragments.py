@@ -90,10 +90,11 @@ def _unpack_plane(stream: Tensor, width: int, element: Element) -> Tensor:
         return words.unflatten(-1, (2, 2)).transpose(-1, -2).flatten(-3, -2)
     word = stream.unflatten(-1, (_LANES, width, 4))
     between_pairs, between_codes = _places(element, width)
+    starts = [between_pairs * i for i in range(16 // width)]
     pairs = [
-        torch.stack([(word[..., at // 8] >> (at % 8)) & (2**width - 1) for at in (i * between_pairs, i * between_pairs + between_codes)], dim=-1)
-        for i in range(16 // width)
-    ]  # fmt: skip
+        torch.stack([word[..., at // 8] >> (at % 8) & (2**width - 1) for at in (start, start + between_codes)], dim=-1)
+        for start in starts
+    ]
     return torch.stack(pairs, dim=-2).flatten(-3, -2)
 
 

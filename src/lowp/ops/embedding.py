@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layouts import Spec
 from ..layouts.base import Packed
 from .linear import weight_values
-from .registry import case_of, pick
+from .registry import picked
 
 
 def embedding(ids: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
@@ -23,7 +23,7 @@ def embedding(ids: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> Te
     Returns:
         (*ids.shape, K), in `dtype`.
     """
-    return pick(case_of("embedding", ids, packed, spec)).run(ids, packed, spec, dtype)
+    return picked("embedding", ids, packed, spec).run(ids, packed, spec, dtype)
 
 
 def reference(ids: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:

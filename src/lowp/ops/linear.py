@@ -17,7 +17,7 @@ from ..layouts import Spec, layout_of
 from ..layouts.base import Packed
 from ..numerics import Format, Parts, dequantize, quantize
 from ..numerics.math import quantize_given
-from .registry import case_of, pick
+from .registry import picked
 
 
 def linear(x: Tensor, packed: Packed, spec: Spec, bias: Tensor | None = None) -> Tensor:
@@ -32,7 +32,9 @@ def linear(x: Tensor, packed: Packed, spec: Spec, bias: Tensor | None = None) ->
     Raises:
         KernelError: in strict mode, where only a fallback can run.
     """
-    kernel = pick(case_of("linear", x, packed, spec))
+    kernel = picked("linear", x, packed, spec)
+    if x.dim() == 2:
+        return kernel.run(x, packed, spec, bias)
     y = kernel.run(x.reshape(-1, x.shape[-1]), packed, spec, bias)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

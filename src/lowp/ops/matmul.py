@@ -13,7 +13,7 @@ from torch import Tensor
 from ..layouts import Spec
 from ..layouts.base import Packed
 from .linear import weight_values
-from .registry import case_of, pick
+from .registry import picked
 
 
 def matmul(x: Tensor, packed: Packed, spec: Spec, *, transposed: bool = False) -> Tensor:
@@ -25,7 +25,7 @@ def matmul(x: Tensor, packed: Packed, spec: Spec, *, transposed: bool = False) -
     Returns:
         (..., M, N), in x's dtype.
     """
-    return pick(case_of("matmul", x, packed, spec)).run(x, packed, spec, transposed)
+    return picked("matmul", x, packed, spec).run(x, packed, spec, transposed)
 
 
 def reference(

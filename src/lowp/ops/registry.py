@@ -119,7 +119,7 @@ def _kernel_modules() -> tuple[tuple[Kernel, ...], ...]:
 
 def _load(name: str) -> tuple[Kernel, ...]:
     try:
-        return tuple(importlib.import_module(name).KERNELS)
+        return tuple(getattr(importlib.import_module(name), "KERNELS", ()))  # a module may only help another
     except ImportError as error:
         reason = f"wants {error.name or 'a library'} to be importable: {error}"
 
@@ -151,6 +151,19 @@ def case_of(op: str, x: Tensor, packed: Packed, spec: Spec) -> Case:
         shape=spec.shape,
         extras=tuple(name for name in ("act_pre_scale", "act_scale") if name in packed),
     )
+
+
+def picked(op: str, x: Tensor, packed: Packed, spec: Spec) -> Kernel:
+    """`pick` for a call with these tensors: a look-up after the first call of its kind."""
+    kernel = _picked(op, spec, x.device, x.dtype, tuple(packed))
+    return pick(case_of(op, x, packed, spec)) if kernel is None or kernel.fallback else kernel
+
+
+@functools.lru_cache(maxsize=65536)
+def _picked(op: str, spec: Spec, device: torch.device, dtype: torch.dtype, names: tuple[str, ...]) -> Kernel | None:
+    meta = torch.empty(0, dtype=dtype, device="meta")
+    case = case_of(op, meta, dict.fromkeys(names, meta), spec)
+    return _pick(dataclasses.replace(case, device=device.type, sm=device_capability(device.type, device.index)))
 
 
 @functools.cache

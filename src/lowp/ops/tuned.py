@@ -41,10 +41,13 @@ def choice(kernel: str, key: Key) -> Config | None:
     Args:
         kernel: its name. key: as `key_of` makes it; any tuple of strings and integers.
     """
-    table = _TABLE
-    if table is None:
-        table = _read_once()
-    return table.get((kernel, key))
+    found = _TABLE if _TABLE is not None else _read_once()
+    return found.get((kernel, key))
+
+
+def table() -> object:
+    """What `choice` looks into now: another object once other choices hold, so that what was derived from it can be kept."""
+    return _TABLE if _TABLE is not None else _read_once()
 
 
 def key_of(scheme: str, dtype: torch.dtype, shape: tuple[int, ...], batch: int) -> Key:

@@ -5,8 +5,8 @@
 Where the scheme quantizes the activation too, x is quantized and dequantized first: the same meaning, in the same kernel.
 
 What depends on the batch M is decided here: the tile (how many tokens, how many rows), over how many blocks the columns are
-split, and from where on the weight is decoded once, to a workspace, and cuBLAS multiplies. `candidates` lists what may be chosen,
-`choose` says what is, by a model of the time: bytes over bandwidth, products over the rate of the tensor cores, rounds of tiles.
+split, and whether the weight is decoded once, to a workspace, and cuBLAS multiplies. `tiling.py` lists what may be chosen
+and chooses by rule; `lowp tune` measures instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import ctypes
 import dataclasses
 import functools
 import math
-import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,52 +33,13 @@ from ...ops import tuned
 from ...ops.linear import act_values, prescale
 from ...ops.registry import Case, Kernel
 from .. import nvrtc
+from .tiling import Tiling, candidates, choose, shared_bytes
 
 _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
-_SHARED = 227 * 1024  # of one block, on sm90
-_SHARED_OF_SM = 228 * 1024
 _PARAMS = struct.Struct("128s10Q5i")  # as `Params` in fragments.cu
+_TENSORS = ("scale", "zero_point", "scale_scale", "scale_zero_point")
 _FOLDER = Path(__file__).parent
-_OUT_PITCH = 72 * 2  # bytes between tokens, as OUT_PITCH in fragments.cu
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """How a product is cut.
-
-    Args:
-        mt: tiles of 64 rows of a warpgroup. wgs: warpgroups that multiply. bm: tokens of a tile. kc: chunks of 64 columns of a stage.
-        stages: of the pipeline. split: blocks of a cluster that share the columns of a tile. blocks: resident on one processor.
-        stream: 1 where what does not fill a last round of tiles is cut into equal parts for all blocks. band: see tile_at in fragments.cu.
-    """
-
-    mt: int = 1
-    wgs: int = 1
-    bm: int = 8
-    kc: int = 4
-    stages: int = 4
-    split: int = 1
-    blocks: int = 1
-    stream: int = 0
-    band: int = 16
-
-    @property
-    def rows(self) -> int:
-        """Rows of the weight of a block."""
-        return 64 * self.mt * self.wgs
-
-    @property
-    def threads(self) -> int:
-        """Of a block, as THREADS in product.cu."""
-        return 128 * self.wgs + (128 if self.wgs == 2 and self.mt * self.bm >= 128 else 32)
-
-    def grid(self, tokens: int, rows: int, columns: int, processors: int) -> int:
-        """Number of blocks; where they stream each gets at least four turns of two chunks."""
-        tiles = -(-rows // self.rows) * -(-tokens // self.bm)
-        if self.stream:
-            return max(1, min(processors, tiles * columns // 512))
-        return tiles * self.split if self.split > 1 else min(tiles, processors * self.blocks)
 
 
 @functools.cache
@@ -107,64 +67,6 @@ def _numbers(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[st
         "ZERO": _ZEROS[fmt.zero_point] if fmt.zero_point else 0,
         "F16": int(dtype == torch.float16),
     }
-
-
-def _bytes(tiling: Tiling, numbers: dict[str, int]) -> tuple[int, int]:
-    """Dynamic shared memory of a block: of one stage, and of all else. As the constants of product.cu."""
-    bits, group = numbers["PW0"] + numbers["PW1"] + numbers["PW2"], numbers["GROUP"]
-    scale = (2, 2, 4, 1, 1, 1)[numbers["SCALE"]] + (0, 1, 1, 2, 2, 4)[numbers["ZERO"]]
-    groups = 0 if not group else max(1, 64 * tiling.kc // group)
-    codes = tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
-    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * min(tiling.bm, 64) * _OUT_PITCH
-    return -(-(tiling.kc * tiling.bm * 128 + codes) // 1024) * 1024, 1024 + table + (out if tiling.split == 1 else 0)
-
-
-def shared_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
-    """Dynamic shared memory of a block."""
-    stage, rest = _bytes(tiling, numbers)
-    sums = tiling.bm * (tiling.rows + 4) * 4 if tiling.split > 1 else 0
-    return rest + max(tiling.stages * stage, sums)
-
-
-_SHAPES = (  # mt, wgs, kc, most stages, blocks on a processor: for up to so many tokens in a tile
-    (16, ((1, 1, 4, 4, 4), (1, 2, 4, 4, 2), (2, 1, 4, 4, 3))),
-    (64, ((1, 1, 2, 4, 3), (1, 2, 2, 4, 2), (2, 2, 2, 4, 1))),
-    (128, ((1, 2, 2, 4, 1), (2, 2, 1, 6, 1))),
-    (256, ((1, 2, 1, 6, 1),)),
-)
-
-
-def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tiling]:
-    """Tilings worth asking about for a batch: the smallest tile that holds it, and for large batches those below."""
-    holds = min(256, max(8, 1 << (tokens - 1).bit_length()))
-    found = []
-    for bm in (holds,) if holds <= 32 else (holds, holds // 2) if holds <= 128 else (256, 128, 64):
-        for mt, wgs, kc, most, blocks in next(shapes for limit, shapes in _SHAPES if bm <= limit):
-            for split in (0, 1) if bm > 64 else (1, 2, 4, 8):  # 0: streamed
-                tiling = Tiling(
-                    mt=mt, wgs=wgs, bm=bm, kc=kc, stages=2, split=max(split, 1), blocks=blocks, stream=int(not split), band=4 if bm == 256 else 16
-                )  # fmt: skip
-                fitted = _fitted(tiling, most, columns, numbers)
-                if fitted is not None:
-                    found.append(fitted)
-    return found
-
-
-def _fitted(tiling: Tiling, most: int, columns: int, numbers: dict[str, int]) -> Tiling | None:
-    """The tiling with as many stages as fit, or None where it does not suit these columns."""
-    chunks, group = columns // 64, numbers["GROUP"]
-    while tiling.kc > 1 and (chunks % tiling.kc or (group and group % (64 * tiling.kc) and (64 * tiling.kc) % group)):
-        tiling = dataclasses.replace(tiling, kc=tiling.kc // 2)
-    turns = 2 if tiling.mt == 1 and tiling.kc == 1 else 1
-    if chunks % (tiling.kc * turns) or chunks // (tiling.kc * turns) < 2 * tiling.split:
-        return None
-    stage, rest = _bytes(tiling, numbers)
-    for blocks in range(tiling.blocks, 0, -1):
-        stages = min(most, ((_SHARED_OF_SM // blocks - 1024 if blocks > 1 else _SHARED) - rest) // stage)
-        fitted = dataclasses.replace(tiling, stages=stages, blocks=blocks)
-        if stages >= min(3, most) and shared_bytes(fitted, numbers) <= _SHARED:
-            return fitted
-    return None
 
 
 @functools.cache
@@ -236,16 +138,24 @@ def _table(scheme: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """How a batch is multiplied: by a tiling, or None: decoded first. table: the measured choices that it was made from."""
+
+    tiling: Tiling | None
+    table: object
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Weight:
-    """What all weights of one scheme, shape, dtype and device have in common, and the tilings chosen so far."""
+    """What all weights of one scheme, shape, dtype and device have in common, and the plans made so far."""
 
     numbers: dict[str, int]
     table: int
     stride: int
     nest: int
-    chip: Chip
+    processors: int
     quantized_input: bool
-    chosen: dict[int, Tiling | None]
+    plans: dict[int, _Plan]
 
 
 @functools.cache
@@ -257,14 +167,32 @@ def _weight(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: tor
         table=_table(scheme, dtype, device).data_ptr() if fmt.element.kind == "codebook" else 0,
         stride=0 if fmt.block == "tensor" else 1,
         nest=math.prod(fmt.nested.block_dims(fmt.scale_shape(shape))) if fmt.nested else 1,
-        chip=Chip.of(device),
+        processors=torch.cuda.get_device_properties(device).multi_processor_count,
         quantized_input=parsed.act is not None,
-        chosen={},
+        plans={},
     )
 
 
-def _pointer(packed: Packed, name: str) -> int:
-    return packed[name].data_ptr() if name in packed else 0
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _fill(
+    x_map: bytes,
+    packed: Packed,
+    weight: _Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    partial: Tensor | None,
+    left: Tensor | None,
+    sizes: tuple[int, int, int],
+) -> None:
+    """Write the one argument of a kernel, `Params` in fragments.cu."""
+    tensors = (packed["qdata"], *(packed.get(name) for name in _TENSORS), bias)
+    _PARAMS.pack_into(
+        _ARGUMENTS, 0, x_map, *map(_address, tensors), weight.table,
+        *map(_address, (out, partial, left)), *sizes, weight.stride, weight.nest,
+    )  # fmt: skip
 
 
 _MAPS: dict[tuple[int, int, int, int], bytes] = {}  # tensor maps by address and size
@@ -289,17 +217,12 @@ def product(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, tilin
     weight = _weight(spec.scheme, spec.shape, x_MK.dtype, device)
     function = _product(tiling, spec.scheme, spec.shape, x_MK.dtype, device.index)
     y_MN = torch.empty((tokens, rows), dtype=x_MK.dtype, device=device)
-    grid = tiling.grid(tokens, rows, columns, weight.chip.processors)
+    grid = tiling.grid(tokens, rows, columns, weight.processors)
     partial = left = None
     if tiling.stream:
         partial = torch.empty((grid, tiling.rows * tiling.bm), dtype=torch.float32, device=device)
         left = torch.zeros((grid, tiling.wgs), dtype=torch.int32, device=device)
-    _PARAMS.pack_into(
-        _ARGUMENTS, 0, _map_of(x_MK, tiling.bm), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
-        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0 if bias is None else bias.data_ptr(), weight.table,
-        y_MN.data_ptr(), 0 if partial is None else partial.data_ptr(), 0 if left is None else left.data_ptr(), tokens, rows, columns,
-        weight.stride, weight.nest,
-    )  # fmt: skip
+    _fill(_map_of(x_MK, tiling.bm), packed, weight, bias, y_MN, partial, left, (tokens, rows, columns))
     function.launch((grid, 1), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
     return y_MN
 
@@ -312,84 +235,31 @@ def decode(packed: Packed, spec: Spec, dtype: torch.dtype, e4m3: bool = False) -
     function = _decoder(spec.scheme, spec.shape, dtype, e4m3, device.index)
     w_NK = torch.empty((rows, columns), dtype=torch.float8_e4m3fn if e4m3 else dtype, device=device)
     tiles = -(-rows // UNIT)
-    pieces = min(columns // UNIT, max(1, -(-weight.chip.processors * 16 // tiles)))
-    _PARAMS.pack_into(
-        _ARGUMENTS, 0, bytes(128), packed["qdata"].data_ptr(), _pointer(packed, "scale"), _pointer(packed, "zero_point"),
-        _pointer(packed, "scale_scale"), _pointer(packed, "scale_zero_point"), 0, weight.table, w_NK.data_ptr(), 0, 0, 0, rows, columns,
-        weight.stride, weight.nest,
-    )  # fmt: skip
+    pieces = min(columns // UNIT, max(1, -(-weight.processors * 16 // tiles)))
+    _fill(bytes(128), packed, weight, None, w_NK, None, None, (0, rows, columns))
     function.launch((tiles, pieces), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
     return w_NK
 
 
-# -- what is chosen ---------------------------------------------------------------------------------------------------
+def _plan(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> _Plan:
+    """What a batch runs by; kept, until other choices were measured."""
+    key, table = tokens, tuned.table()
+    plan = weight.plans.get(key)
+    if plan is None or plan.table is not table:
+        if len(weight.plans) > 4096:
+            weight.plans.clear()
+        plan = weight.plans[key] = _new_plan(weight, spec, dtype, tokens)
+    return plan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chip:
-    """A processor as the model of the time sees it. bandwidth: bytes a second; processors: multiprocessors."""
-
-    processors: int = 132
-    bandwidth: float = 3.0e12
-
-    @staticmethod
-    def of(device: torch.device) -> Chip:
-        """The GPU at hand: 0.92 of what its memory's clock and width promise is what reading reaches."""
-        found = torch.cuda.get_device_properties(device)
-        promised = 2e3 * getattr(found, "memory_clock_rate", 2_619_000) * getattr(found, "memory_bus_width", 5120) / 8
-        return Chip(processors=found.multi_processor_count, bandwidth=0.92 * promised)
-
-
-def estimate_us(
-    tiling: Tiling | None, tokens: int, shape: tuple[int, int], numbers: dict[str, int], chip: Chip
-) -> float:
-    """A model of the time of a product, in microseconds; None: decode once, then cuBLAS. Good for choosing, not for promising."""
-    rows, columns = shape
-    bits = numbers["PW0"] + numbers["PW1"] + numbers["PW2"]
-    weight_bytes = rows * columns * bits / 8
-    if tiling is None:
-        cublas = max(2 * tokens * rows * columns / _CUBLAS, 2 * rows * columns / chip.bandwidth)
-        return 1e6 * ((weight_bytes + 2 * rows * columns) / (_DECODES * chip.bandwidth) + cublas) + 6
-    chunks, tiles = columns / UNIT, -(-rows // tiling.rows) * -(-tokens // tiling.bm)
-    # Cycles of a chunk of one block: tensor cores, reading from the L2 cache, decoding.
-    multiply = tiling.rows * tiling.bm / 32 / _TENSOR
-    read = (tiling.bm * 128 + tiling.rows * 8 * bits) / _L2_BYTES
-    work = tiling.rows / 64 * _DECODE_CYCLES
-    cycles = max(multiply, read, work)
-    share = tiles / chip.processors if tiling.stream else -(-tiles * tiling.split // chip.processors) / tiling.split
-    alone = chunks / tiling.split * (_LATENCY + work)  # a block cannot be faster than its chain of stages
-    of_processor = share * chunks * cycles
-    ends = (
-        _START
-        + (_ADD * tiling.bm * tiling.rows if tiling.split > 1 or tiling.stream else 0)
-        + _STORE * tiling.bm * tiling.rows * math.ceil(share)
-    )
-    memory = weight_bytes / chip.bandwidth * 1e6
-    return max(max(of_processor, 0 if tiling.stream else alone) / _MHZ, memory) + ends / _MHZ
-
-
-# Found by fitting `estimate_us` to sweeps on an H100 (benchmarks/results/linear_gpu.csv is what came of it).
-_MHZ = 1700.0
-_TENSOR = 0.85
-_L2_BYTES = 30.0
-_DECODE_CYCLES = 130.0
-_LATENCY = 120.0
-_START = 6000.0
-_ADD = 0.05
-_STORE = 0.05
-_CUBLAS = 7.9e14
-_DECODES = 0.78
-
-
-def _chosen(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> Tiling | None:
+def _new_plan(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> _Plan:
+    shape = (spec.shape[0], spec.shape[1])
     measured = tuned.choice("mixed", tuned.key_of(spec.scheme, dtype, spec.shape, tokens))
     if measured is not None:
-        return None if measured.get("decode") else Tiling(**measured)
-    if tokens not in weight.chosen:
-        shape = (spec.shape[0], spec.shape[1])
-        found = [*candidates(tokens, shape[1], weight.numbers), None]
-        weight.chosen[tokens] = min(found, key=lambda one: estimate_us(one, tokens, shape, weight.numbers, weight.chip))
-    return weight.chosen[tokens]
+        tiling = None if measured.get("decode") else Tiling(**measured)
+    else:
+        tiling = choose(tokens, *shape, weight.numbers, weight.processors)
+    return _Plan(tiling=tiling, table=tuned.table())
 
 
 def _candidates(case: Case, tokens: int) -> list[dict[str, Any]]:
@@ -417,7 +287,7 @@ def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Te
     with (
         torch.cuda.device(x_MK.device) if x_MK.device.index != torch.cuda.current_device() else contextlib.nullcontext()
     ):
-        tiling = _chosen(weight, spec, dtype, tokens)
+        tiling = _plan(weight, spec, dtype, tokens).tiling
         if tiling is None:
             return F.linear(x_MK, decode(packed, spec, dtype), bias)
         return product(x_MK, packed, spec, bias, tiling)

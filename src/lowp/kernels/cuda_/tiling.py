@@ -1,0 +1,170 @@
+"""How the mixed product is cut: what a tiling is, which ones suit a case, and a model of the time to choose by.
+
+A tile is 64 * mt * wgs rows of the weight by bm tokens; one block of threads works on it, or `split` blocks of a cluster that
+share its columns. Where the last round of tiles would leave processors idle, it is streamed: cut into equal parts, tile after tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from ...layouts.fragments import UNIT
+
+_SHARED = 227 * 1024  # of one block, on sm90
+_SHARED_OF_PROCESSOR = 228 * 1024
+_OUT_PITCH = 72 * 2  # bytes between tokens, as OUT_PITCH in fragments.cu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a product is cut.
+
+    Args:
+        mt: tiles of 64 rows of a warpgroup. wgs: warpgroups that multiply. bm: tokens of a tile.
+        kc: chunks of 64 columns of a stage. stages: of the pipeline. split: blocks of a cluster that share the columns of a tile.
+        blocks: resident on one processor. stream: 1 where what does not fill a last round of tiles is cut into equal parts.
+        band: tiles of tokens that run side by side, see tile_at in fragments.cu.
+    """
+
+    mt: int = 1
+    wgs: int = 1
+    bm: int = 8
+    kc: int = 4
+    stages: int = 4
+    split: int = 1
+    blocks: int = 1
+    stream: int = 0
+    band: int = 16
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight of a block."""
+        return 64 * self.mt * self.wgs
+
+    @property
+    def threads(self) -> int:
+        """Of a block, as THREADS in product.cu."""
+        return 128 * self.wgs + (128 if self.wgs == 2 and self.mt * self.bm >= 128 else 32)
+
+    def grid(self, tokens: int, rows: int, columns: int, processors: int) -> int:
+        """Number of blocks; where they stream each gets at least four turns of two chunks."""
+        tiles = -(-rows // self.rows) * -(-tokens // self.bm)
+        if self.stream:
+            return max(1, min(processors, tiles * columns // 512))
+        return tiles * self.split if self.split > 1 else min(tiles, processors * self.blocks)
+
+
+def _bytes(tiling: Tiling, numbers: dict[str, int]) -> tuple[int, int]:
+    """Dynamic shared memory of a block: of one stage, and of all else. As the constants of product.cu."""
+    bits, group = numbers["PW0"] + numbers["PW1"] + numbers["PW2"], numbers["GROUP"]
+    scale = (2, 2, 4, 1, 1, 1)[numbers["SCALE"]] + (0, 1, 1, 2, 2, 4)[numbers["ZERO"]]
+    groups = 0 if not group else max(1, 64 * tiling.kc // group)
+    codes = tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
+    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * min(tiling.bm, 64) * _OUT_PITCH
+    return -(-(tiling.kc * tiling.bm * 128 + codes) // 1024) * 1024, 1024 + table + (out if tiling.split == 1 else 0)
+
+
+def shared_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
+    """Dynamic shared memory of a block."""
+    stage, rest = _bytes(tiling, numbers)
+    sums = tiling.bm * (tiling.rows + 4) * 4 if tiling.split > 1 else 0
+    return rest + max(tiling.stages * stage, sums)
+
+
+_SHAPES = (  # mt, wgs, kc, most stages, blocks on a processor: for up to so many tokens in a tile
+    (16, ((1, 1, 4, 4, 4), (1, 2, 4, 4, 2), (2, 1, 4, 4, 3))),
+    (64, ((1, 1, 2, 4, 3), (1, 2, 2, 4, 2), (2, 2, 2, 4, 1))),
+    (128, ((1, 2, 2, 4, 1), (2, 2, 1, 6, 1))),
+    (256, ((1, 2, 1, 6, 1),)),
+)
+
+
+def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tiling]:
+    """Tilings worth asking about for a batch: the smallest tile that holds it, and for large batches those below.
+
+    Args:
+        tokens, columns: M and K. numbers: the weight's format, as mixed.py tells it to the compiler.
+    """
+    holds = min(256, max(8, 1 << (tokens - 1).bit_length()))
+    found = []
+    for bm in (holds,) if holds <= 32 else (holds, holds // 2) if holds <= 128 else (256, 128, 64):
+        for mt, wgs, kc, most, blocks in next(shapes for limit, shapes in _SHAPES if bm <= limit):
+            base = Tiling(mt=mt, wgs=wgs, bm=bm, kc=kc, stages=2, blocks=blocks, band=4 if bm == 256 else 16)
+            shared = [dataclasses.replace(base, split=split) for split in ((1,) if bm == 256 else (1, 2, 4, 8))]
+            streamed = [dataclasses.replace(base, stream=1)] if bm >= 128 else []
+            found += [one for one in (_fitted(each, most, columns, numbers) for each in (*shared, *streamed)) if one]
+    return found
+
+
+def _fitted(tiling: Tiling, most: int, columns: int, numbers: dict[str, int]) -> Tiling | None:
+    """The tiling with as many stages as fit, or None where it does not suit these columns."""
+    chunks, group = columns // UNIT, numbers["GROUP"]
+    while tiling.kc > 1 and (chunks % tiling.kc or (group and group % (64 * tiling.kc) and (64 * tiling.kc) % group)):
+        tiling = dataclasses.replace(tiling, kc=tiling.kc // 2)
+    turn = tiling.kc * (
+        2 if tiling.mt == 1 and tiling.kc == 1 else 1
+    )  # chunks until both sets of registers had their turn
+    if chunks % turn or chunks // turn < 2 * tiling.split:
+        return None
+    stage, rest = _bytes(tiling, numbers)
+    for blocks in range(tiling.blocks, 0, -1):
+        room = _SHARED if blocks == 1 else _SHARED_OF_PROCESSOR // blocks - 1024
+        fitted = dataclasses.replace(tiling, stages=min(most, (room - rest) // stage), blocks=blocks)
+        if fitted.stages >= min(3, most) and shared_bytes(fitted, numbers) <= _SHARED:
+            return fitted
+    return None
+
+
+def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], processors: int) -> Tiling | None:
+    """The tiling of a batch by rule; None where no tiling suits these columns.
+
+    Up to 64 tokens what counts is that enough bytes are on their way: blocks of 64 rows, their columns split until there are about
+    two for each multiprocessor; with plenty of rows larger blocks, which read x less often. Above that a model of the time decides.
+    """
+    found = candidates(tokens, columns, numbers)
+    if not found:
+        return None
+    if tokens > 64:
+        return min(found, key=lambda one: estimate_us(one, tokens, rows, columns, processors))
+    bm, units, chunks, split = found[0].bm, -(-rows // UNIT), columns // UNIT, 1
+    enough, least = (1.7 * processors, 16) if bm <= 16 else (1.45 * processors, 24)
+    while split < 8 and units * split < enough and chunks // (2 * split) >= least:
+        split *= 2
+    mt, wgs = 1, 1
+    if units >= 3.4 * processors and bm == 64:
+        mt, wgs = 2, 2
+    elif units >= 1.7 * processors and bm <= 32:
+        mt, wgs = 1, 2
+    suited = [one for one in found if (one.bm, one.mt, one.wgs) == (bm, mt, wgs)] or found
+    return min(suited, key=lambda one: abs(one.split - split))
+
+
+# Microseconds by tokens of a tile, fitted to sweeps on an H100 (1 % slower than the best on average, 10 % at worst): of a chunk of 64
+# columns, of a block's end, of the first share of a cluster's sums, of streaming.
+_CHUNK = {64: 0.108, 128: 0.342, 256: 0.581}
+_END = {64: 0.94, 128: 0.82, 256: 0.50}
+_ADD = {64: 0.54, 128: 3.0, 256: 6.0}
+_STREAM = {64: 5.0, 128: 8.0, 256: 20.8}
+_START, _ADD_BLOCK, _CHAIN = 3.7, 0.39, 0.235
+
+
+def estimate_us(tiling: Tiling, tokens: int, rows: int, columns: int, processors: int) -> float:
+    """A model of the time of a product of more than 64 tokens, in microseconds, to compare tilings by.
+
+        rounds of blocks * (chunks of a block * time of a chunk + its end)
+
+    Blocks of 64 rows and tokens fit three to a processor: they come in no rounds, but none is faster than its chain of stages.
+    """
+    bm, chunks = tiling.bm, columns / UNIT
+    tiles = -(-rows // tiling.rows) * -(-tokens // bm)
+    wide = tiling.mt * tiling.wgs / (1 if bm == 64 else 2)  # rows of a block, in those of the fitted one
+    chunk, end = _CHUNK[bm] * wide, _END[bm] * wide
+    if tiling.stream:
+        return _START + 1.02 * tiles / processors * (chunks * chunk + end) + _STREAM[bm]
+    blocks = tiles * tiling.split / processors
+    rounds = max(1.0, blocks) if bm == 64 else math.ceil(blocks)
+    add = _ADD[bm] * (1 + _ADD_BLOCK * tiling.split) if tiling.split > 1 else 0.0
+    time = _START + rounds * (chunks / tiling.split * chunk + end + add)
+    return max(time, _START + chunks / tiling.split * _CHAIN + end) if bm == 64 else time
