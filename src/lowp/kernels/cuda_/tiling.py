@@ -1,7 +1,7 @@
 """How the mixed product is cut: what a tiling is, which ones suit a case, and a model of the time to choose by.
 
 A tile is 64 * mt * wgs rows of the weight by bm tokens; one block of threads works on it, or `split` blocks of a cluster that
-share its columns. Where the last round of tiles would leave processors idle, it is streamed: cut into equal parts, tile after tile.
+share its columns. Where the last round of tiles would leave processors idle, it is streamed: cut into equal parts.
 """
 
 from __future__ import annotations
@@ -120,20 +120,23 @@ def _fitted(tiling: Tiling, most: int, columns: int, numbers: dict[str, int]) ->
 def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], processors: int) -> Tiling | None:
     """The tiling of a batch by rule; None where no tiling suits these columns.
 
-    Up to 64 tokens what counts is that enough bytes are on their way: blocks of 64 rows, their columns split until there are about
-    two for each multiprocessor; with plenty of rows larger blocks, which read x less often. Above that a model of the time decides.
+    Up to 64 tokens what counts is that enough bytes are on their way: blocks of 64 rows, their columns split until there are
+    about two for each multiprocessor; with plenty of rows larger blocks, which read x less often. Above, a model of the time.
     """
     found = candidates(tokens, columns, numbers)
     if not found:
         return None
     if tokens > 64:
-        return min(found, key=lambda one: estimate_us(one, tokens, rows, columns, processors))
+        fitted = [
+            one for one in found if (one.mt, one.wgs) == (1, 1 if one.bm == 64 else 2)
+        ]  # what the model was fitted to
+        return min(fitted or found, key=lambda one: estimate_us(one, tokens, rows, columns, processors))
     bm, units, chunks, split = found[0].bm, -(-rows // UNIT), columns // UNIT, 1
     enough, least = (1.7 * processors, 16) if bm <= 16 else (1.45 * processors, 24)
     while split < 8 and units * split < enough and chunks // (2 * split) >= least:
         split *= 2
     mt, wgs = 1, 1
-    if units >= 3.4 * processors and bm == 64:
+    if units >= 3.3 * processors and bm == 64:
         mt, wgs = 2, 2
     elif units >= 1.7 * processors and bm <= 32:
         mt, wgs = 1, 2
@@ -141,8 +144,8 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     return min(suited, key=lambda one: abs(one.split - split))
 
 
-# Microseconds by tokens of a tile, fitted to sweeps on an H100 (1 % slower than the best on average, 10 % at worst): of a chunk of 64
-# columns, of a block's end, of the first share of a cluster's sums, of streaming.
+# Microseconds by tokens of a tile, fitted to sweeps on an H100 (what is chosen is 1 % slower than the best on average, 10 % at
+# worst): of a chunk of 64 columns, of a block's end, of the first share of a cluster's sums, of streaming.
 _CHUNK = {64: 0.108, 128: 0.342, 256: 0.581}
 _END = {64: 0.94, 128: 0.82, 256: 0.50}
 _ADD = {64: 0.54, 128: 3.0, 256: 6.0}
