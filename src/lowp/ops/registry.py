@@ -23,6 +23,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Case(Schemed):
     """What a kernel may look at.
 
     Args:
-        op: "linear", "matmul" or "embedding".
+        op: "linear", "matmul", "embedding", "cast" ...
         scheme: spelling of the weight's format and, after "@", the activation's.
         layout: name of the weight's layout.
         device: "cpu", "cuda" ...; sm: compute capability times ten, 90 for Hopper, 0 elsewhere.
@@ -77,7 +78,7 @@ class Kernel:
     rank: int
     layout: str
     why_not: Callable[[Case], str]
-    run: Callable[..., Tensor]
+    run: Callable[..., Any]
     fallback: bool = False
     cases: tuple[str, ...] = ()
     about: str = ""
