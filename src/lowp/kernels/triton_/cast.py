@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -355,8 +355,9 @@ class Plan:
         fmt: the format. constants: those of `_cast_kernel` that the format decides, in order.
         group, padded: columns of a block (K for rows, a slice for a tensor), and that rounded up to a power of two.
         blocks: of a tile. per_row: blocks of a token. warps: of a program. tensor: one scale for all.
-        needs_amax: of the whole tensor, in a launch before. code_dtype: that codes are written in.
-        scale_dtype, scale_store: of the scale, and that it is written in. zero_dtype: of the zero point.
+        needs_amax: of the whole tensor, in a launch before. code_dtype, scale_dtype: that codes and
+        scales are written in; code_view, scale_view: that they are shown in, where it is another. zero_dtype: of the zero point.
+        nested: the scale has a scale.
     """
 
     fmt: Format
@@ -369,9 +370,11 @@ class Plan:
     tensor: bool
     needs_amax: bool
     code_dtype: torch.dtype
+    code_view: torch.dtype | None
     scale_dtype: torch.dtype
-    scale_store: torch.dtype
+    scale_view: torch.dtype | None
     zero_dtype: torch.dtype | None
+    nested: bool
 
 
 _SCALES = {"fp32": 0, "bf16": 1, "fp16": 2, "e4m3": 3, "e8m0": 4}
@@ -426,9 +429,11 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
         tensor=tensor,
         needs_amax=tensor or nested is not None,
         code_dtype=code_dtype,
-        scale_dtype=scale_dtype,
-        scale_store=torch.uint8 if scale in ("e4m3", "e8m0") else scale_dtype,
+        code_view=None if element.dtype == code_dtype else element.dtype,
+        scale_dtype=torch.uint8 if scale in ("e4m3", "e8m0") else scale_dtype,
+        scale_view=scale_dtype if scale in ("e4m3", "e8m0") else None,
         zero_dtype=ZERO_POINT_DTYPES[fmt.zero_point] if fmt.zero_point else None,
+        nested=nested is not None,
     )
 
 
@@ -467,8 +472,7 @@ def plan_of(fmt: Format, columns: int, device: torch.device) -> Plan:
 _XROUND = {torch.bfloat16: 1, torch.float16: 2}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Cast:
+class Cast(NamedTuple):
     """What a launch wrote: `codes` in the element's dtype or a float's, scales as stored, and what else the format has."""
 
     codes: Tensor
@@ -502,42 +506,42 @@ def cast_tensors(
     if x_MK.stride(1) != 1 or (tokens > 1 and x_MK.stride(0) % 16) or (plan.needs_amax and not x_MK.is_contiguous()):
         x_MK = x_MK.contiguous()
     parts, count = _amax(x_MK, plan, pre_scale, mode) if plan.needs_amax and act_scale is None else (None, 0)
-    codes = torch.empty((rows, columns), dtype=plan.code_dtype if mode == CODES else out_dtype, device=device)
+    codes = torch.empty(rows, columns, dtype=plan.code_dtype if mode == CODES else out_dtype, device=device)
     scale = zero = outer = None
     if mode != VALUES:
         scale = _empty_scale(plan, rows, across, device)
-        zero = torch.empty((rows, plan.per_row), dtype=plan.zero_dtype, device=device) if plan.zero_dtype else None
-        outer = torch.empty((1, 1), dtype=torch.float32, device=device) if plan.fmt.nested else None
-    xround = 0 if mode == VALUES else _XROUND.get(x_MK.dtype, 0)
-    static = act_scale is not None
-    padded_parts = triton.next_power_of_2(count) if count else 0
-    filled = fill.numel() if fill is not None else 0
-    constants = (
-        plan.group, plan.padded, plan.blocks, plan.per_row, mode, pre_scale is not None, xround, static, plan.tensor, across,
-        padded_parts, filled, *plan.constants,
-    )  # fmt: skip
+        if plan.zero_dtype is not None:
+            zero = torch.empty(rows, plan.per_row, dtype=plan.zero_dtype, device=device)
+        if plan.nested:
+            outer = torch.empty(1, 1, dtype=torch.float32, device=device)
     key = (
-        "cast", constants, x_MK.dtype, codes.dtype, aligned(x_MK), None if pre_scale is None else pre_scale.dtype,
-        None if act_scale is None else act_scale.dtype, plan.scale_store, plan.zero_dtype, device.index,
+        plan, mode, x_MK.dtype, out_dtype, across, aligned(x_MK), None if pre_scale is None else pre_scale.dtype,
+        None if act_scale is None else act_scale.dtype, count.bit_length(), None if fill is None else fill.numel(), device.index,
     )  # fmt: skip
     blocks, stride = tokens * plan.per_row, columns if tokens == 1 else x_MK.stride(0)
-    args = (
-        x_MK, pre_scale, act_scale, codes, scale, zero, outer, parts, fill, stride, blocks, rows, count
-    )  # fmt: skip
+    args = (x_MK, pre_scale, act_scale, codes, scale, zero, outer, parts, fill, stride, blocks, rows, count)
+
+    def constants() -> tuple[Any, ...]:
+        return (
+            plan.group, plan.padded, plan.blocks, plan.per_row, mode, pre_scale is not None,
+            0 if mode == VALUES else _XROUND.get(x_MK.dtype, 0), act_scale is not None, plan.tensor, across,
+            1 << count.bit_length() if count else 0, 0 if fill is None else fill.numel(), *plan.constants,
+        )  # fmt: skip
+
     launch(_cast_kernel, key, (-(-blocks // plan.blocks), 1, 1), args, constants, device, plan.warps)
-    if mode == CODES and plan.code_dtype is not plan.fmt.element.dtype:
-        codes = codes.view(plan.fmt.element.dtype)
-    if scale is not None and plan.scale_store is not plan.scale_dtype:
-        scale = scale.view(plan.scale_dtype)
-    return Cast(codes=codes, scale=codes if scale is None else scale, zero_point=zero, outer=outer)
+    if mode == CODES and plan.code_view is not None:
+        codes = codes.view(plan.code_view)
+    if scale is not None and plan.scale_view is not None:
+        scale = scale.view(plan.scale_view)
+    return Cast(codes, codes if scale is None else scale, zero, outer)
 
 
 def _empty_scale(plan: Plan, rows: int, across: bool, device: torch.device) -> Tensor:
     if plan.tensor:
-        return torch.empty((1, 1), dtype=plan.scale_store, device=device)
+        return torch.empty(1, 1, dtype=plan.scale_dtype, device=device)
     if across:
-        return torch.empty((plan.per_row, rows), dtype=plan.scale_store, device=device).t()
-    return torch.empty((rows, plan.per_row), dtype=plan.scale_store, device=device)
+        return torch.empty(plan.per_row, rows, dtype=plan.scale_dtype, device=device).t()
+    return torch.empty(rows, plan.per_row, dtype=plan.scale_dtype, device=device)
 
 
 def _amax(x_MK: Tensor, plan: Plan, pre_scale: Tensor | None, mode: int) -> tuple[Tensor, int]:
@@ -550,7 +554,7 @@ def _amax(x_MK: Tensor, plan: Plan, pre_scale: Tensor | None, mode: int) -> tupl
         "amax", constants, x_MK.dtype, aligned(x_MK), None if pre_scale is None else pre_scale.dtype, total >> 31, device.index
     )  # fmt: skip
     args = (x_MK, pre_scale, parts, total, x_MK.shape[1])
-    launch(_amax_kernel, key, (count, 1, 1), args, constants, device, 4)
+    launch(_amax_kernel, key, (count, 1, 1), args, lambda: constants, device, 4)
     return parts, count
 
 

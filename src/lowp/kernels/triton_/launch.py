@@ -25,18 +25,20 @@ _COMPILED: dict[Any, Any] = {}
 
 
 def launch(
-    kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...],
+    kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: Callable[[], tuple[Any, ...]],
     device: torch.device, warps: int, stages: int = 1,
 ) -> None:  # fmt: skip
-    """Start `kernel` with arguments and, behind them, its constants."""
+    """Start `kernel` with arguments and, behind them, its constants, which are asked for once for each key."""
     found = _COMPILED.get(key)
     if found is None:
-        _first(kernel, key, grid, args, constants, device, warps, stages)
-    elif device.index == torch._C._cuda_getDevice():
-        found[grid](*args, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))
+        _first(kernel, key, grid, args, constants(), device, warps, stages)
+        return
+    compiled, constant = found
+    if device.index == torch._C._cuda_getDevice():
+        compiled[grid](*args, *constant, stream=torch._C._cuda_getCurrentRawStream(device.index))
     else:
         with torch.cuda.device(device):
-            found[grid](*args, *constants, stream=torch._C._cuda_getCurrentRawStream(device.index))
+            compiled[grid](*args, *constant, stream=torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def _first(
@@ -49,7 +51,7 @@ def _first(
         kernel[grid](*args, *constants, **options)
         return
     with torch.cuda.device(device):
-        _COMPILED[key] = kernel[grid](*args, *constants, **options)
+        _COMPILED[key] = kernel[grid](*args, *constants, **options), constants
 
 
 def plain(x: Tensor) -> bool:

@@ -218,7 +218,8 @@ def tiling(tokens: int, rows: int, columns: int, sm: int, kind: str) -> Tiling:
     """Triton's tiling, by rule: few tokens, much of the weight in flight; many tokens, large tiles."""
     if tokens <= 64:
         bm = max(16, triton.next_power_of_2(tokens))
-        made = Tiling(bm=bm, bn=64, bk=128 if kind == "blocks" else 256, stages=6 if kind == "blocks" else 4)
+        narrow = kind == "blocks" or bm == 64  # two programs fit a processor
+        made = Tiling(bm=bm, bn=64, bk=128 if narrow else 256, stages=6 if narrow else 4)
     elif sm < 90 or kind == "blocks" or tokens <= 256:
         made = Tiling(
             bm=64 if tokens <= 128 else 128, bn=128, bk=128, swap=False, warps=8 if tokens > 128 else 4, stages=4
@@ -291,7 +292,7 @@ def product(
     Where x has a zero point and holds one token more, that one is all ones."""
     about = _weights(scheme)
     (rows, columns), device = w_NK.shape, w_NK.device
-    y_MN = torch.empty((tokens, rows), dtype=dtype, device=device)
+    y_MN = torch.empty(tokens, rows, dtype=dtype, device=device)
     tiles = -(-tokens // tiled.bm) * -(-rows // tiled.bn)
     parts = None
     if tiled.split > 1:
@@ -301,14 +302,18 @@ def product(
     zero = x.zero_point
     ones = x.codes.shape[0] == tokens + 1 and zero is not None
     total = w_NK.sum(dim=-1, dtype=torch.int32) if zero is not None and not ones else None
-    constants = (
-        columns, tiled.bm, tiled.bn, tiled.bk, tiled.split, tiled.swap, tiled.group, about.x_scales, about.w_scales,
-        about.kind == "int8", tokens <= 64 or dtype is not torch.bfloat16, ones,
-    )  # fmt: skip
+    exact = tokens <= 64 or dtype is not torch.bfloat16
     key = (
-        "product", constants, tiled.warps, tiled.stages, x.codes.dtype, w_NK.dtype, dtype, aligned(w_NK), w_scale.dtype,
-        None if bias is None else bias.dtype, None if zero is None else zero.dtype, parts is None, device.index,
+        tiled, about, columns, exact, ones, dtype, aligned(w_NK), w_scale.dtype,
+        None if bias is None else bias.dtype, None if zero is None else zero.dtype, device.index,
     )  # fmt: skip
+
+    def constants() -> tuple[Any, ...]:
+        return (
+            columns, tiled.bm, tiled.bn, tiled.bk, tiled.split, tiled.swap, tiled.group, about.x_scales, about.w_scales,
+            about.kind == "int8", exact, ones,
+        )  # fmt: skip
+
     xs_rows = x.scale.stride(1) if about.x_scales == 2 else 16
     fill = None if parts is None else fill
     args = (x.codes, w_NK, y_MN, x.scale, w_scale, zero, total, bias, parts, fill, tokens, rows, xs_rows)
@@ -350,7 +355,7 @@ def scaled(
         device.index,
     )  # fmt: skip
     args = (sums_MN, y_MN, x.scale, w_scale, zero, total, bias, tokens, rows)
-    launch(_scale_kernel, key, (tokens * -(-rows // 1024), 1, 1), args, constants, device, 4)
+    launch(_scale_kernel, key, (tokens * -(-rows // 1024), 1, 1), args, lambda: constants, device, 4)
     return y_MN
 
 
