@@ -8,6 +8,8 @@ Tests are sorted by what they need; what cannot run here is skipped with its rea
     guest("torchao>=0.18")       another project's package, the version included
     slow                         over a minute or many GB: left out unless asked for with `pytest -m slow`
 
+Without a GPU, Triton's interpreter runs Triton's kernels where a test calls them: none is ever picked for a CPU.
+
 Fixtures: `device` runs a test on the CPU and again on a GPU; `poison` fills all memory that torch leaves uninitialised.
 Every test starts from the same random seed.
 """
@@ -20,6 +22,10 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+if (
+    not torch.cuda.is_available()
+):  # before Triton is imported: its kernels are then run by its interpreter, on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: more threads than cores only wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 

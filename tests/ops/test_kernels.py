@@ -31,7 +31,10 @@ def packed_for(kernel, scheme, dtype, device, *, shape=(N, K), **extras):
     if extras:
         q = QTensor.from_parts(q.parts().replace(**extras), scheme, dtype=dtype)
     x = torch.empty(0, shape[-1], device=device, dtype=dtype)
-    why_not = why_not_from_plain(kernel, case_of(kernel.op, x, q.packed, q.spec))
+    case = case_of(kernel.op, x, q.packed, q.spec)
+    if device.type == "cpu" and ".triton_." in kernel.why_not.__module__:
+        case = dataclasses.replace(case, device="cuda", sm=90)  # Triton's interpreter plays the GPU
+    why_not = why_not_from_plain(kernel, case)
     return (q, why_not) if why_not else (q.to_layout(kernel.layout or "plain"), "")
 
 

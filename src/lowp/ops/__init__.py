@@ -4,9 +4,24 @@ An op is one file here: its contract and its reference, the meaning of the op in
 under `kernels/`: it says which cases it can run and runs them. `pick` chooses, by what is fixed when a graph is traced.
 """
 
+from .cast import cast, cast_codes_as, fake_cast
 from .embedding import embedding
 from .linear import linear
 from .matmul import matmul
 from .registry import Case, Kernel, best_layout, explain, kernels_of, pick, strict
 
-__all__ = ["Case", "Kernel", "best_layout", "embedding", "explain", "kernels_of", "linear", "matmul", "pick", "strict"]
+__all__ = [
+    "Case",
+    "Kernel",
+    "best_layout",
+    "cast",
+    "cast_codes_as",
+    "embedding",
+    "explain",
+    "fake_cast",
+    "kernels_of",
+    "linear",
+    "matmul",
+    "pick",
+    "strict",
+]

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..layouts import Spec, layout_of
 from ..layouts.base import Packed
-from ..numerics import Format, Parts, dequantize, quantize
-from ..numerics.math import quantize_given
+from ..numerics import Parts, dequantize
+from .cast import cast
+from .cast import reference as cast_reference
 from .registry import picked
 
 
@@ -39,13 +40,6 @@ def linear(x: Tensor, packed: Packed, spec: Spec, bias: Tensor | None = None) ->
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def quantize_act(x_MK: Tensor, act: Format, act_scale: Tensor | None = None) -> Parts:
-    """The activation's parts: dynamic, or with the static scale that a calibration found."""
-    if act_scale is None:
-        return quantize(x_MK, act)
-    return quantize_given(x_MK, act, act_scale.expand(act.scale_shape(tuple(x_MK.shape))))
-
-
 def prescale(x_MK: Tensor, packed: Packed) -> Tensor:
     """The activation times act_pre_scale, in its own dtype, where the weight brings one (AWQ, SmoothQuant)."""
     return x_MK * packed["act_pre_scale"].to(x_MK.dtype) if "act_pre_scale" in packed else x_MK
@@ -55,7 +49,7 @@ def quantized_input(x_MK: Tensor, packed: Packed, spec: Spec) -> tuple[Parts, Te
     """What a kernel with a quantized activation begins with: its parts, and their scale."""
     act = spec.act
     assert act is not None
-    parts = quantize_act(prescale(x_MK, packed), act, packed.get("act_scale"))
+    parts = cast(x_MK, act, packed.get("act_scale"), packed.get("act_pre_scale"))
     assert parts.scale is not None
     return parts, parts.scale
 
@@ -65,7 +59,7 @@ def act_values(x_MK: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> 
     x = prescale(x_MK.to(dtype), packed)
     if spec.act is None:
         return x
-    return dequantize(quantize_act(x, spec.act, packed.get("act_scale")), spec.act, dtype)
+    return dequantize(cast_reference(x, spec.act, packed.get("act_scale")), spec.act, dtype)
 
 
 def weight_values(packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:

@@ -53,13 +53,29 @@ def _why_not(case: Case) -> str:
 
 def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
     parts, x_scale = quantized_input(x_MK, packed, spec)
-    w_NK = packed["qdata"]
-    sums_MN = int_mm(parts.qdata, w_NK).to(torch.float32)
-    if parts.zero_point is not None:
-        sums_MN = sums_MN - parts.zero_point.to(torch.float32) * w_NK.sum(dim=-1, dtype=torch.int32).to(torch.float32)
-    y_MN = sums_MN * x_scale.to(torch.float32) * packed["scale"].to(torch.float32).view(-1)
+    return scale_sums(parts.qdata, x_scale, parts.zero_point, packed["qdata"], packed["scale"], bias, x_MK.dtype)
+
+
+def scale_sums(
+    a_MK: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    w_NK: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """int8 (M, K) times int8 (N, K).T, scaled, in `dtype`.
+
+    Args:
+        a_scale, a_zero: (M, 1) or (1, 1). w_scale: (N, 1) or (1, 1). bias: (N,) or None.
+    """
+    sums_MN = int_mm(a_MK, w_NK).to(torch.float32)
+    if a_zero is not None:
+        sums_MN = sums_MN - a_zero.to(torch.float32) * w_NK.sum(dim=-1, dtype=torch.int32).to(torch.float32)
+    y_MN = sums_MN * a_scale.to(torch.float32) * w_scale.to(torch.float32).view(-1)
     y_MN = y_MN if bias is None else y_MN + bias.to(torch.float32)
-    return y_MN.to(x_MK.dtype)
+    return y_MN.to(dtype)
 
 
 KERNELS = (
@@ -70,7 +86,7 @@ KERNELS = (
         layout="plain",
         why_not=_why_not,
         run=_run,
-        about="torch._int_mm, activation quantized in torch",
+        about="torch._int_mm, the activation cast first",
         cases=("int8/row@int8/row", "int8/row@int8/row+int8", "int8/tensor@int8/tensor", "int8/row*bf16@int8/row"),
     ),
 )

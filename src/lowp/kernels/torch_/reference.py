@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
+from ...ops.cast import codes_reference, fake_cast, fake_reference
+from ...ops.cast import reference as cast_reference
 from ...ops.embedding import reference as embedding_reference
-from ...ops.linear import act_values, weight_values
+from ...ops.linear import prescale, weight_values
 from ...ops.linear import reference as linear_reference
 from ...ops.matmul import reference as matmul_reference
 from ...ops.registry import Case, Kernel
@@ -25,7 +27,11 @@ def _always(case: Case) -> str:
 
 def _linear_dequantized(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
     dtype = x_MK.dtype
-    x = act_values(x_MK, packed, spec, torch.float32).to(dtype) if spec.act or "act_pre_scale" in packed else x_MK
+    x = x_MK
+    if spec.act is not None:
+        x = fake_cast(x, spec.act, packed.get("act_scale"), packed.get("act_pre_scale"))
+    elif "act_pre_scale" in packed:
+        x = prescale(x.to(torch.float32), packed).to(dtype)
     return F.linear(x, weight_values(packed, spec, dtype), None if bias is None else bias.to(dtype))
 
 
@@ -40,6 +46,9 @@ KERNELS = tuple(
         ("matmul", "dequantize", 900, _matmul_dequantized, "weight to the activation's dtype, then torch's matmul"),
         ("linear", "reference", 1000, linear_reference, "the definition, in float32"),
         ("matmul", "reference", 1000, matmul_reference, "the definition, in float32"),
+        ("cast", "reference", 1000, cast_reference, "the definition, in torch"),
+        ("fake_cast", "reference", 1000, fake_reference, "the definition, in torch"),
+        ("cast_codes_as", "reference", 1000, codes_reference, "the definition, in torch"),
         ("embedding", "reference", 1000, embedding_reference, "decode the whole table, then look up"),
     )
 )

@@ -1,0 +1,704 @@
+"""Activation casts in one pass over memory: amax, scale and codes in one launch, x read once.
+
+    codes, scales   the bytes of `numerics.quantize`, exactly
+    values          codes and scales at once, back in x's dtype: (code - zero_point) * scale
+    codes as bf16   (code - zero_point) in a float that a tensor core multiplies, the token's scale apart
+
+A program holds a tile of whole blocks in registers: one token or several where the scale belongs to the row, many blocks of 16,
+32 or 128 columns otherwise. One scale for the tensor (int8/tensor, and the outer scale of NVFP4) needs the largest magnitude of
+all first: a launch that answers one maximum a program, which the second launch reads.
+
+What exactness asks for:
+  - amax is a maximum of bits, not of floats: NaN is larger than infinity there, so neither is lost.
+  - Triton's `/` is approximate on a GPU. A quotient is x * (1 / s), corrected by the remainder with fused multiply-adds, both
+    operands first moved by the power of two that brings s to [1, 2): as IEEE's division, bit for bit (Markstein, "IA-64 and
+    elementary functions", section 8). The interpreter does not fuse, there it is numpy's division.
+  - Integers are rounded by adding 1.5 * 2**23, which leaves them in the low bits: nearest, ties to even.
+  - float8 is the hardware's own conversion from sm89 on (saturating, NaN kept), elsewhere arithmetic as in `Element.encode`.
+
+Legend: M tokens, K columns; a tile is RB blocks of G columns, GP = G rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...numerics import ELEMENTS, Format, Parts
+from ...numerics.math import RULES, ZERO_POINT_DTYPES
+from ...ops.cast import codes_reference, fake_reference, reference
+from ...ops.registry import Case, Kernel, device_capability
+from .launch import INTERPRETED, aligned, define, launch, plain
+
+_WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
+_TILE = 2048  # numbers of a tile of small blocks
+_PROGRAMS = 512  # at most, that look for the largest magnitude of a tensor
+
+CODES, VALUES, AS_FLOAT = 0, 1, 2
+
+_NO_FMA = tl.constexpr(INTERPRETED)
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: the step between floats of this size is 1
+_TINY = tl.constexpr(2.0**-126)
+_HUGE = tl.constexpr(2.0**60)  # a quotient that large saturates in every element
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _widen(x):
+    if x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _to_bf16(x):
+    if _NO_FMA:  # the interpreter does not round to nearest even
+        bits = _bits(x)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return tl.where(x == x, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def _rounded(x, DTYPE: tl.constexpr):
+    """x in float32, after a visit to bf16 (1) or fp16 (2)."""
+    if DTYPE == 1:
+        return _widen(_to_bf16(x))
+    elif DTYPE == 2:
+        return x.to(tl.float16).to(tl.float32)
+    else:
+        return x
+
+
+@triton.jit
+def _quotient(x, s, STATIC: tl.constexpr):
+    """x / s, rounded as IEEE rounds; s is positive, infinite or NaN, one for each row of the tile.
+
+    A quotient beyond 2**59 may come out smaller."""
+    if _NO_FMA:
+        return tl.div_rn(x, s)
+    else:
+        exponent = tl.minimum(_bits(s) & 0x7F800000, 0x7E800000)
+        shift = _float(0x7F000000 - exponent)
+        shift = tl.where(s == float("inf"), 0.0, shift)
+        d = tl.where(s == float("inf"), 1.0, s * shift)
+        r = tl.div_rn(1.0, d)
+        a = x * shift
+        if STATIC:  # elsewhere x / s is at most the element's largest value
+            a = tl.where(a > _HUGE, _HUGE, tl.where(a < -_HUGE, -_HUGE, a))
+        q = a * r
+        q = tl.fma(tl.fma(-q, d, a), r, q)
+        q = tl.fma(tl.fma(-q, d, a), r, q)
+        return _float(_bits(q) | (_bits(x) & -2147483648))  # the sum of -0.0 and 0.0 is 0.0
+
+
+@triton.jit
+def _small_float(
+    q, MBITS: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr, NAN: tl.constexpr
+):
+    """Code and value of the nearest small float; LOWEST: float32's exponent field of its smallest normal value."""
+    magnitude = tl.abs(q)
+    magnitude = tl.where(magnitude < TOP, magnitude, TOP)
+    exponent = tl.maximum(_bits(magnitude) >> 23, LOWEST)
+    steps = magnitude * _float((254 + MBITS - exponent) << 23) + _MAGIC
+    sign = _bits(q) & -2147483648
+    code = (_bits(steps) & 0x3FFFFF) + ((exponent - LOWEST) << MBITS)
+    code = code | ((sign >> (32 - BITS)) & (1 << (BITS - 1)))
+    value = _float(_bits((steps - _MAGIC) * _float((exponent - MBITS) << 23)) | sign)
+    if NAN:
+        code = tl.where(q == q, code, 0x7F)
+        value = tl.where(q == q, value, q)
+    return code.to(tl.uint8), value
+
+
+@triton.jit
+def _encode(
+    q, KIND: tl.constexpr, MBITS: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr, NAN: tl.constexpr,
+    QMIN: tl.constexpr, QMAX: tl.constexpr,
+):  # fmt: skip
+    """Code and value of the nearest element. KIND: 0 integer, 1 e4m3 and 2 e5m2 by the hardware, 3 float by arithmetic."""
+    if KIND == 0:
+        q = tl.where(q == q, q, 0.0)
+        steps = tl.minimum(tl.maximum(q, QMIN), QMAX) + _MAGIC
+        code = _bits(steps)
+        return code.to(tl.int8 if QMIN < 0 else tl.uint8), steps - _MAGIC
+    elif KIND == 1:
+        code = q.to(tl.float8e4nv)
+        return code.to(tl.uint8, bitcast=True), code.to(tl.float32)
+    elif KIND == 2:
+        code = q.to(tl.float8e5)
+        return code.to(tl.uint8, bitcast=True), code.to(tl.float32)
+    else:
+        return _small_float(q, MBITS, LOWEST, TOP, BITS, NAN)
+
+
+# -- scales -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _e8m0(amax, RULE: tl.constexpr, EMAX: tl.constexpr, ABOVE: tl.constexpr, INTEGER: tl.constexpr):
+    """The code of a power of two, as `numerics.math.e8m0_scale`. RULE: 0 floor, 1 ceil, 2 rceil, 3 even (ABOVE is added)."""
+    bits = _bits(amax)
+    exponent = (bits >> 23) & 0xFF
+    if RULE == 3:
+        exponent = ((bits + ABOVE) >> 23) & 0xFF
+    elif RULE != 0:
+        exponent += ((bits & 0x7FFFFF) > ABOVE).to(tl.int32)
+    code = tl.minimum(tl.maximum(exponent - EMAX, 0), 0xFE)
+    if RULE == 2:
+        code = tl.where(bits == 0x7F800000, 0xFE, code)
+    lost = (bits >= 0x7F800000) if INTEGER else (bits > 0x7F800000)
+    return tl.where(lost, 0xFF, code)
+
+
+@triton.jit
+def _e8m0_value(code):
+    value = _float(tl.where(code == 0, 0x00400000, code << 23))  # 2**-127 is subnormal
+    return tl.where(code == 0xFF, float("nan"), value)
+
+
+@triton.jit
+def _at_least(x, low: tl.constexpr):
+    return tl.where(x < low, low, x)  # NaN stays
+
+
+@triton.jit
+def _stored(scale, outer, SCALE: tl.constexpr):
+    """A scale as it is stored, its value, and its inverse. SCALE: 0 fp32, 1 bf16, 2 fp16, 3 e4m3, 5 e4m3 under `outer`."""
+    if SCALE == 0:
+        value = _at_least(scale, _TINY)
+        return value, value, tl.div_rn(1.0, value)
+    elif SCALE == 1:
+        top: tl.constexpr = 3.3895313892515355e38  # bf16's largest, (2 - 2**-7) * 2**127
+        held = _at_least(scale, _TINY)
+        held = tl.where((held > top) & (held != float("inf")), top, held)
+        stored = _to_bf16(held)
+        value = _widen(stored)
+        return stored, value, tl.div_rn(1.0, value)
+    elif SCALE == 2:
+        held = _at_least(scale, 2.0**-24)
+        held = tl.where((held > 65504.0) & (held != float("inf")), 65504.0, held)
+        stored = held.to(tl.float16)
+        value = stored.to(tl.float32)
+        return stored, value, tl.div_rn(1.0, value)
+    elif SCALE == 3:
+        held = tl.where(scale == float("inf"), float("nan"), _at_least(scale, 2.0**-6))
+        stored, value = _small_float(held, 3, 121, 448.0, 8, True)
+        return stored, value, tl.div_rn(1.0, value)
+    else:
+        held = _at_least(tl.div_rn(_at_least(scale, _TINY), outer), 2.0**-6)
+        stored, by = _small_float(held, 3, 121, 448.0, 8, True)
+        value = by * outer
+        return stored, value, tl.div_rn(tl.div_rn(1.0, outer), by)
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _largest(part_ptr, parts, PARTS: tl.constexpr):
+    lane = tl.arange(0, PARTS)
+    return _float(tl.max(tl.load(part_ptr + lane, mask=lane < parts, other=0), axis=0))
+
+
+@triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["pre_ptr"])
+def _amax_kernel(x_ptr, pre_ptr, part_ptr, total, K, TILE: tl.constexpr, PRE: tl.constexpr, XROUND: tl.constexpr):
+    """The largest magnitude of every so many tiles, as bits: one number a program."""
+    lane = tl.arange(0, TILE)
+    largest = tl.zeros((TILE,), dtype=tl.int32)
+    start = tl.program_id(0).to(tl.int64) * TILE
+    while start < total:
+        at = start + lane
+        x = _widen(tl.load(x_ptr + at, mask=at < total, other=0.0))
+        if PRE:
+            x = _rounded(x * _rounded(_widen(tl.load(pre_ptr + at % K)), XROUND), XROUND)
+        largest = tl.maximum(largest, _bits(x) & 0x7FFFFFFF)
+        start += tl.num_programs(0) * TILE
+    tl.store(part_ptr + tl.program_id(0), tl.max(largest, axis=0))
+
+
+@triton.jit(
+    do_not_specialize=["blocks", "rows", "parts"],
+    do_not_specialize_on_alignment=[
+        "pre_ptr",
+        "act_ptr",
+        "out_ptr",
+        "scale_ptr",
+        "zero_ptr",
+        "outer_ptr",
+        "part_ptr",
+        "fill_ptr",
+    ],
+)
+def _cast_kernel(
+    x_ptr, pre_ptr, act_ptr, out_ptr, scale_ptr, zero_ptr, outer_ptr, part_ptr, fill_ptr, x_stride, blocks, rows, parts,
+    G: tl.constexpr, GP: tl.constexpr, RB: tl.constexpr, BPR: tl.constexpr, MODE: tl.constexpr, PRE: tl.constexpr,
+    XROUND: tl.constexpr, STATIC: tl.constexpr, TENSOR: tl.constexpr, ACROSS: tl.constexpr, PARTS: tl.constexpr,
+    FILL: tl.constexpr, KIND: tl.constexpr, MBITS: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr,
+    BITS: tl.constexpr, NAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, LARGEST: tl.constexpr,
+    RECIPROCAL: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr, EMAX: tl.constexpr,
+    ABOVE: tl.constexpr, OUTER: tl.constexpr,
+):  # fmt: skip
+    """One tile. ACROSS: scales stand (K/G, rows). TENSOR: blocks only cut the work, one scale serves all.
+
+    MODE: 0 codes, 1 values, 2 codes as floats. FILL: so many numbers are set to zero. The rest is `_constants`."""
+    block = tl.program_id(0) * RB + tl.arange(0, RB)
+    lane = tl.arange(0, GP)
+    row, column = block // BPR, block % BPR
+    at = column[:, None] * G + lane[None, :]
+    mask = (block[:, None] < blocks) & (lane[None, :] < G)
+    x = _widen(tl.load(x_ptr + row[:, None].to(tl.int64) * x_stride + at, mask=mask, other=0.0))
+    if PRE:
+        x = _rounded(x * _rounded(_widen(tl.load(pre_ptr + at, mask=mask, other=0.0)), XROUND), XROUND)
+    if FILL:  # noqa: SIM102 -- decided when it is compiled
+        if tl.program_id(0) == 0:
+            tl.store(fill_ptr + tl.arange(0, FILL), tl.zeros((FILL,), dtype=tl.int32))
+
+    outer = 1.0
+    largest = 0.0
+    if PARTS:
+        largest = _largest(part_ptr, parts, PARTS)
+    if SCALE == 5:
+        outer = tl.div_rn(largest, OUTER)
+        outer = tl.where(outer == 0.0, 1.0, _at_least(outer, 2.0**-120))  # _TINY / 2**-6
+
+    if ZERO:
+        low, high = tl.min(tl.minimum(x, 0.0), axis=1), tl.max(tl.maximum(x, 0.0), axis=1)
+        lost = tl.max(_bits(x) & 0x7FFFFFFF, axis=1) > 0x7F800000  # NaN, which a minimum forgets
+        low, high = tl.where(lost, float("nan"), low), tl.where(lost, float("nan"), high)
+        whole = high - low
+        steps: tl.constexpr = QMAX - QMIN
+        scale = tl.where(whole == float("inf"), tl.div_rn(high, steps) - tl.div_rn(low, steps), tl.div_rn(whole, steps))
+        stored, value, inverse = _stored(scale, outer, SCALE)
+        zero = QMIN - (tl.div_rn(low, value) + _MAGIC - _MAGIC)
+        zero = tl.where(zero == zero, tl.minimum(tl.maximum(zero, QMIN), QMAX), 0.0)
+    else:
+        if TENSOR and not STATIC:
+            amax = tl.full((RB,), 0.0, tl.float32) + largest
+        else:
+            amax = _float(tl.max(_bits(x) & 0x7FFFFFFF, axis=1))
+        if SCALE == 4:
+            stored = _e8m0(amax, RULE, EMAX, ABOVE, KIND == 0)
+            value = _e8m0_value(stored)
+            inverse = tl.where(
+                stored == 0xFF, float("nan"), _float(tl.where(stored == 0xFE, 0x00400000, (254 - stored) << 23))
+            )
+        else:
+            scale = tl.div_rn(amax, LARGEST)
+            if STATIC:
+                scale = tl.full((RB,), 0.0, tl.float32) + _widen(tl.load(act_ptr))
+            stored, value, inverse = _stored(scale, outer, SCALE)
+        zero = 0.0
+
+    if RECIPROCAL:
+        q = x * inverse[:, None]
+    else:
+        q = _quotient(x, value[:, None], STATIC)
+    if ZERO:
+        q = (q + _MAGIC - _MAGIC) + zero[:, None]
+    code, number = _encode(q, KIND, MBITS, LOWEST, TOP, BITS, NAN, QMIN, QMAX)
+
+    to = block[:, None].to(tl.int64) * G + lane[None, :]
+    if MODE == 0:
+        tl.store(out_ptr + to, code, mask=mask)
+    else:
+        if ZERO:
+            number = number - zero[:, None]
+        if MODE == 1:
+            if SCALE == 5:
+                value = _at_least(value, _TINY)
+            number = number * value[:, None]
+        if out_ptr.dtype.element_ty == tl.bfloat16:
+            tl.store(out_ptr + to, _to_bf16(number), mask=mask)
+        else:
+            tl.store(out_ptr + to, number.to(out_ptr.dtype.element_ty), mask=mask)
+    if MODE != 1:
+        if TENSOR:
+            tl.store(scale_ptr + block, stored, mask=block == 0)
+        elif ACROSS:
+            tl.store(scale_ptr + column.to(tl.int64) * rows + row, stored, mask=block < blocks)
+        else:
+            tl.store(scale_ptr + block, stored, mask=block < blocks)
+        if SCALE == 5:
+            tl.store(outer_ptr + block, tl.full((RB,), 0.0, tl.float32) + outer, mask=block == 0)
+    if MODE == 0 and ZERO:
+        tl.store(zero_ptr + block, zero.to(tl.int32), mask=block < blocks)
+
+
+# -- what is fixed for a format and a width ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """How activations of one format and width are cast.
+
+    Args:
+        fmt: the format. constants: those of `_cast_kernel` that the format decides, in order.
+        group, padded: columns of a block (K for rows, a slice for a tensor), and that rounded up to a power of two.
+        blocks: of a tile. per_row: blocks of a token. warps: of a program. tensor: one scale for all.
+        needs_amax: of the whole tensor, in a launch before. code_dtype, scale_dtype: that codes and
+        scales are written in; code_view, scale_view: that they are shown in, where it is another. zero_dtype: of the zero point.
+        nested: the scale has a scale.
+    """
+
+    fmt: Format
+    constants: tuple[Any, ...]
+    group: int
+    padded: int
+    blocks: int
+    per_row: int
+    warps: int
+    tensor: bool
+    needs_amax: bool
+    code_dtype: torch.dtype
+    code_view: torch.dtype | None
+    scale_dtype: torch.dtype
+    scale_view: torch.dtype | None
+    zero_dtype: torch.dtype | None
+    nested: bool
+
+
+_SCALES = {"fp32": 0, "bf16": 1, "fp16": 2, "e4m3": 3, "e8m0": 4}
+_RULES = {"floor": 0, "ceil": 1, "rceil": 2, "even": 3}
+_POWERS = ("floor", "ceil", "rceil", "even")
+
+
+def why_not_format(fmt: Format, columns: int, extras: tuple[str, ...] = ()) -> str:
+    """ "" or why a format is not one that these kernels cast to."""
+    element = fmt.element
+    if element.kind not in ("int", "float") or element.bits < 4 or element.specials in ("fnuz", "nan"):
+        return f"wants integers of 4 to 8 bits, e4m3, e5m2 or MX's small floats, got {element.name}"
+    if element.limits is not None or fmt.rule not in ("absmax", "symmetric", "asymmetric", *_POWERS):
+        return f"wants a scale by absmax, symmetric, asymmetric or a power of two, got {fmt}"
+    if fmt.zero_point not in (None, "int8", "uint8", "int32") or (fmt.zero_point and fmt.block == "tensor"):
+        return f"wants no zero point, or an integer for each token or block, got {fmt}"
+    if fmt.nested is not None and str(fmt.nested) != "e4m3/tensor":
+        return f"wants a scale that is a number, or quantized as e4m3/tensor, got {fmt}"
+    if fmt.block not in ("row", "tensor") and not fmt.block.startswith("1x"):
+        return f"wants a scale for the tensor, a token or a part of a token, got {fmt}"
+    group = columns if fmt.block in ("row", "tensor") else int(fmt.block.removeprefix("1x"))
+    if columns % 16 or columns % group or group > _WIDEST:
+        return (
+            f"wants K in multiples of 16 and of the block, and blocks of at most {_WIDEST}, got K={columns} and {fmt}"
+        )
+    if "act_scale" in extras and (fmt.nested is not None or fmt.zero_point or fmt.scale == "e8m0"):
+        return f"wants a static scale to be a number of its own, got {fmt}"
+    return ""
+
+
+@functools.cache
+def _plan(spelling: str, columns: int, sm: int) -> Plan:
+    fmt = Format.parse(spelling)
+    element = fmt.element
+    tensor = fmt.block == "tensor"
+    group = columns if fmt.block == "row" else 1024 if tensor else int(fmt.block.removeprefix("1x"))
+    if tensor:
+        group = next(size for size in (1024, 512, 256, 128, 64, 32, 16) if columns % size == 0)
+    padded = triton.next_power_of_2(group)
+    blocks = max(1, min(_TILE if fmt.block != "row" else 1024, _TILE) // padded)
+    code_dtype = torch.int8 if element.kind == "int" and element.qmin < 0 else torch.uint8
+    nested, scale = fmt.nested, "e4m3" if fmt.nested else str(fmt.scale)
+    scale_dtype = ELEMENTS[scale].dtype
+    return Plan(
+        fmt=fmt,
+        constants=_constants(fmt, sm),
+        group=group,
+        padded=padded,
+        blocks=blocks,
+        per_row=columns // group,
+        warps=max(1, min(32 if padded > 32768 else 16, blocks * padded // 1024)) if fmt.block == "row" else 4,
+        tensor=tensor,
+        needs_amax=tensor or nested is not None,
+        code_dtype=code_dtype,
+        code_view=None if element.dtype == code_dtype else element.dtype,
+        scale_dtype=torch.uint8 if scale in ("e4m3", "e8m0") else scale_dtype,
+        scale_view=scale_dtype if scale in ("e4m3", "e8m0") else None,
+        zero_dtype=ZERO_POINT_DTYPES[fmt.zero_point] if fmt.zero_point else None,
+        nested=nested is not None,
+    )
+
+
+def _constants(fmt: Format, sm: int) -> tuple[Any, ...]:
+    element, rule = fmt.element, RULES[fmt.rule]
+    integer = element.kind == "int"
+    native = {"e4m3": 1, "e5m2": 2}.get(element.name, 3) if sm >= 89 and not INTERPRETED else 3
+    largest = (element.max - element.min) / 2 if fmt.rule == "symmetric" else element.largest
+    if fmt.rule == "even":
+        above = 1 << (23 - (element.bits - 2 if integer else element.mbits) - 1)
+    else:
+        above = 0 if fmt.rule == "ceil" else int((element.largest / 2.0**element.emax - 1.0) * 2**23)
+    return (
+        0 if integer else native, element.mbits, 128 - element.bias, element.max, element.bits, element.specials != "none",
+        float(element.qmin) if integer else 0.0, float(element.qmax) if integer else 0.0, float(largest),
+        rule.reciprocal or fmt.nested is not None or fmt.scale in ("e4m3", "e8m0"), fmt.zero_point is not None,
+        5 if fmt.nested else _SCALES[str(fmt.scale)], _RULES.get(fmt.rule, 0), element.emax, above, 448.0 * element.largest,
+    )  # fmt: skip
+
+
+_PLANS: dict[tuple[int, int, torch.device], tuple[Plan, Format]] = {}
+
+
+def plan_of(fmt: Format, columns: int, device: torch.device) -> Plan:
+    """The plan of a format and a width on a device."""
+    key = (id(fmt), columns, device)
+    found = _PLANS.get(key)
+    if found is None:
+        sm = device_capability(device.type, device.index)
+        found = _PLANS[key] = _plan(str(fmt), columns, sm), fmt
+    return found[0]
+
+
+# -- launches ---------------------------------------------------------------------------------------------------------
+
+_XROUND = {torch.bfloat16: 1, torch.float16: 2}
+
+
+class Cast(NamedTuple):
+    """What a launch wrote: `codes` in the element's dtype or a float's, scales as stored, and what else the format has."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    outer: Tensor | None = None
+
+
+def cast_tensors(
+    x_MK: Tensor,
+    plan: Plan,
+    pre_scale: Tensor | None = None,
+    act_scale: Tensor | None = None,
+    *,
+    mode: int = CODES,
+    out_dtype: torch.dtype | None = None,
+    rows: int | None = None,
+    across: bool = False,
+    fill: Tensor | None = None,
+) -> Cast:
+    """Start the kernels.
+
+    Args:
+        x_MK: at least one row. plan: of its format and K. mode: CODES, VALUES or AS_FLOAT; out_dtype: of the last two.
+        rows: how many rows the codes and scales are made with, at least M; those beyond M are left as they are.
+        across: scales of parts of a token stand (M, K/G) with strides (1, rows), as torch's blockwise product wants them.
+        fill: int32, a power of two of numbers, set to zero on the way.
+    """
+    tokens, columns = x_MK.shape
+    device, rows = x_MK.device, rows or tokens
+    if x_MK.stride(1) != 1 or (tokens > 1 and x_MK.stride(0) % 16) or (plan.needs_amax and not x_MK.is_contiguous()):
+        x_MK = x_MK.contiguous()
+    parts, count = _amax(x_MK, plan, pre_scale, mode) if plan.needs_amax and act_scale is None else (None, 0)
+    codes = torch.empty(rows, columns, dtype=plan.code_dtype if mode == CODES else out_dtype, device=device)
+    scale = zero = outer = None
+    if mode != VALUES:
+        scale = _empty_scale(plan, rows, across, device)
+        if plan.zero_dtype is not None:
+            zero = torch.empty(rows, plan.per_row, dtype=plan.zero_dtype, device=device)
+        if plan.nested:
+            outer = torch.empty(1, 1, dtype=torch.float32, device=device)
+    key = (
+        plan, mode, x_MK.dtype, out_dtype, across, aligned(x_MK), None if pre_scale is None else pre_scale.dtype,
+        None if act_scale is None else act_scale.dtype, count.bit_length(), None if fill is None else fill.numel(), device.index,
+    )  # fmt: skip
+    blocks, stride = tokens * plan.per_row, columns if tokens == 1 else x_MK.stride(0)
+    args = (x_MK, pre_scale, act_scale, codes, scale, zero, outer, parts, fill, stride, blocks, rows, count)
+
+    def constants() -> tuple[Any, ...]:
+        return (
+            plan.group, plan.padded, plan.blocks, plan.per_row, mode, pre_scale is not None,
+            0 if mode == VALUES else _XROUND.get(x_MK.dtype, 0), act_scale is not None, plan.tensor, across,
+            1 << count.bit_length() if count else 0, 0 if fill is None else fill.numel(), *plan.constants,
+        )  # fmt: skip
+
+    launch(_cast_kernel, key, (-(-blocks // plan.blocks), 1, 1), args, constants, device, plan.warps)
+    if mode == CODES and plan.code_view is not None:
+        codes = codes.view(plan.code_view)
+    if scale is not None and plan.scale_view is not None:
+        scale = scale.view(plan.scale_view)
+    return Cast(codes, codes if scale is None else scale, zero, outer)
+
+
+def _empty_scale(plan: Plan, rows: int, across: bool, device: torch.device) -> Tensor:
+    if plan.tensor:
+        return torch.empty(1, 1, dtype=plan.scale_dtype, device=device)
+    if across:
+        return torch.empty(plan.per_row, rows, dtype=plan.scale_dtype, device=device).t()
+    return torch.empty(rows, plan.per_row, dtype=plan.scale_dtype, device=device)
+
+
+def _amax(x_MK: Tensor, plan: Plan, pre_scale: Tensor | None, mode: int) -> tuple[Tensor, int]:
+    total, device = x_MK.numel(), x_MK.device
+    count = min(_PROGRAMS, -(-total // _TILE))
+    parts = torch.empty(_PROGRAMS, dtype=torch.int32, device=device)
+    xround = 0 if mode == VALUES else _XROUND.get(x_MK.dtype, 0)
+    constants = (_TILE, pre_scale is not None, xround)
+    key = (
+        "amax", constants, x_MK.dtype, aligned(x_MK), None if pre_scale is None else pre_scale.dtype, total >> 31, device.index
+    )  # fmt: skip
+    args = (x_MK, pre_scale, parts, total, x_MK.shape[1])
+    launch(_amax_kernel, key, (count, 1, 1), args, lambda: constants, device, 4)
+    return parts, count
+
+
+# -- the op's three forms ---------------------------------------------------------------------------------------------
+
+
+def _cast_run(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor | None) -> list[Tensor]:
+    parts = _cast(x, Format.parse(fmt), act_scale, pre_scale)
+    return list(parts.tensors().values())
+
+
+def _cast_fake(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor | None) -> list[Tensor]:
+    parsed = Format.parse(fmt)
+    shape = tuple(x.shape)
+    scale_shape = (1, 1) if parsed.block == "tensor" else parsed.scale_shape(shape)
+    out = [x.new_empty(shape, dtype=parsed.element.dtype)]
+    nested = parsed.nested
+    out.append(x.new_empty(scale_shape, dtype=nested.element.dtype if nested else ELEMENTS[str(parsed.scale)].dtype))
+    if parsed.zero_point:
+        out.append(x.new_empty(scale_shape, dtype=ZERO_POINT_DTYPES[parsed.zero_point]))
+    if nested:
+        out.append(x.new_empty((1, 1), dtype=torch.float32))
+    return out
+
+
+def _cast(x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale: Tensor | None) -> Parts:
+    if x.dim() != 2 or x.numel() == 0 or (act_scale is not None and act_scale.numel() != 1):
+        return reference(x, fmt, act_scale, pre_scale)
+    made = cast_tensors(x, plan_of(fmt, x.shape[1], x.device), pre_scale, act_scale)
+    return Parts(qdata=made.codes, scale=made.scale, zero_point=made.zero_point, scale_scale=made.outer)
+
+
+def _names(fmt: Format) -> tuple[str, ...]:
+    more = (("zero_point", fmt.zero_point), ("scale_scale", fmt.nested))
+    return ("qdata", "scale", *(name for name, there in more if there))
+
+
+def _run_cast(x_MK: Tensor, fmt: Format, act_scale: Tensor | None = None, pre_scale: Tensor | None = None) -> Parts:
+    if plain(x_MK):
+        return _cast(x_MK, fmt, act_scale, pre_scale)
+    made = torch.ops.lowp.cast(x_MK, str(fmt), act_scale, pre_scale)
+    return Parts(**dict(zip(_names(fmt), made, strict=True)))
+
+
+def _fake_cast_run(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor | None) -> Tensor:
+    return _fake_cast(x, Format.parse(fmt), act_scale, pre_scale)
+
+
+def _fake_cast(x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale: Tensor | None) -> Tensor:
+    if x.dim() != 2 or x.numel() == 0 or (act_scale is not None and act_scale.numel() != 1):
+        return fake_reference(x, fmt, act_scale, pre_scale)
+    plan = plan_of(fmt, x.shape[1], x.device)
+    return cast_tensors(x, plan, pre_scale, act_scale, mode=VALUES, out_dtype=x.dtype).codes
+
+
+def _run_fake_cast(
+    x_MK: Tensor, fmt: Format, act_scale: Tensor | None = None, pre_scale: Tensor | None = None
+) -> Tensor:
+    if plain(x_MK):
+        return _fake_cast(x_MK, fmt, act_scale, pre_scale)
+    values: Tensor = torch.ops.lowp.fake_cast(x_MK, str(fmt), act_scale, pre_scale)
+    return values
+
+
+def _codes_run(
+    x: Tensor, fmt: str, dtype: torch.dtype, act_scale: Tensor | None, pre_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _codes(x, Format.parse(fmt), dtype, act_scale, pre_scale)
+
+
+def _codes_fake(
+    x: Tensor, fmt: str, dtype: torch.dtype, act_scale: Tensor | None, pre_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
+def _codes(
+    x: Tensor, fmt: Format, dtype: torch.dtype, act_scale: Tensor | None, pre_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0 or (act_scale is not None and act_scale.numel() != 1):
+        return codes_reference(x, fmt, dtype, act_scale, pre_scale)
+    plan = plan_of(fmt, x.shape[1], x.device)
+    made = cast_tensors(x, plan, pre_scale, act_scale, mode=AS_FLOAT, out_dtype=dtype)
+    scale_M = made.scale.view(-1) if made.scale.dtype == torch.float32 else made.scale.to(torch.float32).view(-1)
+    return made.codes, scale_M.expand(x.shape[0]).contiguous() if plan.tensor else scale_M
+
+
+def _run_codes(
+    x_MK: Tensor, fmt: Format, dtype: torch.dtype, act_scale: Tensor | None = None, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if plain(x_MK):
+        return _codes(x_MK, fmt, dtype, act_scale, pre_scale)
+    codes, scale_M = torch.ops.lowp.cast_codes_as(x_MK, str(fmt), dtype, act_scale, pre_scale)
+    return codes, scale_M
+
+
+define("cast", "(Tensor x, str fmt, Tensor? act_scale, Tensor? pre_scale) -> Tensor[]", _cast_run, _cast_fake)
+define(
+    "fake_cast",
+    "(Tensor x, str fmt, Tensor? act_scale, Tensor? pre_scale) -> Tensor",
+    _fake_cast_run,
+    lambda x, fmt, act_scale, pre_scale: x.new_empty(x.shape),
+)
+define(
+    "cast_codes_as",
+    "(Tensor x, str fmt, ScalarType dtype, Tensor? act_scale, Tensor? pre_scale) -> (Tensor, Tensor)",
+    _codes_run,
+    _codes_fake,
+)
+
+
+def _why_not(case: Case, by_token: bool = False) -> str:
+    if case.device != "cuda":
+        return f"wants cuda, got {case.device}"
+    if case.sm < 80:
+        return f"wants sm80, got sm{case.sm}"
+    if case.dtype not in ("bfloat16", "float16", "float32"):
+        return f"wants bfloat16, float16 or float32, got {case.dtype}"
+    fmt = case.weight
+    if by_token and (fmt.block not in ("row", "tensor") or fmt.nested is not None or fmt.scale == "e8m0"):
+        return f"wants a scale for each token or the tensor, got {fmt}"
+    return (
+        "wants a format that is coded, got " + str(fmt)
+        if fmt.is_identity
+        else why_not_format(fmt, case.shape[-1], case.extras)
+    )
+
+
+_CASES = (
+    "int8/row", "int8/row+int8", "int8/tensor", "e4m3/row", "e4m3/tensor", "e5m2/row", "e4m3/1x128", "e4m3/1x32*e8m0",
+    "e2m1/1x32*e8m0", "e2m1/1x16*e4m3/tensor",
+)  # fmt: skip
+
+KERNELS = (
+    Kernel(
+        op="cast", name="cast", rank=50, layout="", why_not=_why_not, run=_run_cast, cases=_CASES,
+        about="amax, scale and codes in one pass, in Triton",
+    ),
+    Kernel(
+        op="fake_cast", name="fake_cast", rank=50, layout="", why_not=_why_not, run=_run_fake_cast, cases=_CASES,
+        about="quantized and dequantized in one pass, in Triton",
+    ),
+    Kernel(
+        op="cast_codes_as", name="cast_codes_as", rank=50, layout="", why_not=functools.partial(_why_not, by_token=True),
+        run=_run_codes, cases=_CASES[:6], about="codes in bf16 or fp16, the token's scale apart, in Triton",
+    ),
+)  # fmt: skip

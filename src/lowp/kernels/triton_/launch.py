@@ -1,0 +1,74 @@
+"""How a Triton kernel is launched: compiled by Triton once, started from here every time after.
+
+Triton's own launch looks at every argument on every call (type, alignment, whether it is 1), for about 10 us. A caller here
+names with a key all that its kernel was specialized for, so that the next call goes to the compiled kernel at once. The key
+must hold what Triton would look at: dtypes, which pointers are multiples of 16, which arguments are None, the device. Integers
+are either multiples of 16 by contract or listed in `do_not_specialize`.
+
+Under TRITON_INTERPRET=1 nothing is compiled, and tensors may lie on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+KERNELS = ()
+
+INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+
+_COMPILED: dict[Any, Any] = {}
+
+
+def launch(
+    kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: Callable[[], tuple[Any, ...]],
+    device: torch.device, warps: int, stages: int = 1,
+) -> None:  # fmt: skip
+    """Start `kernel` with arguments and, behind them, its constants, which are asked for once for each key."""
+    found = _COMPILED.get(key)
+    if found is None:
+        _first(kernel, key, grid, args, constants(), device, warps, stages)
+        return
+    compiled, constant = found
+    if device.index == torch._C._cuda_getDevice():
+        compiled[grid](*args, *constant, stream=torch._C._cuda_getCurrentRawStream(device.index))
+    else:
+        with torch.cuda.device(device):
+            compiled[grid](*args, *constant, stream=torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def _first(
+    kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...],
+    device: torch.device, warps: int, stages: int,
+) -> None:  # fmt: skip
+    # Nothing is contracted to a fused multiply-add that the kernel's text does not ask for: bytes are compared exactly.
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    if INTERPRETED:
+        kernel[grid](*args, *constants, **options)
+        return
+    with torch.cuda.device(device):
+        _COMPILED[key] = kernel[grid](*args, *constants, **options), constants
+
+
+def plain(x: Tensor) -> bool:
+    """A tensor of numbers that a kernel may be started on at once; else (a graph is traced) it goes through torch's operators."""
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether it starts at a multiple of 16 bytes."""
+    return x.data_ptr() % 16 == 0
+
+
+def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """An operator `lowp::name`, opaque to torch.compile: `run` on tensors, `fake` for their shapes."""
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowp::{name}", fake, lib=_LIBRARY)
+
+
+_LIBRARY = torch.library.Library("lowp", "FRAGMENT")

@@ -1,0 +1,484 @@
+"""8-bit times 8-bit on tensor cores: int8 with int32 sums, float8 with float32 sums, the activation cast on the way in.
+
+    y_MN = (x_q @ w_q.T) * x_scale * w_scale + bias          scales by row or tensor, after the sum
+    y_MN = sum over blocks of 128 columns of (x_q @ w_q.T) * x_scale_MG * w_scale + bias        128x128 with 1x128 (DeepSeek)
+    y_MN = (x_q @ w_q.T - x_zero_M * sum_K(w_q)) * x_scale * w_scale + bias                     int8 with a zero point
+
+Two launches: the cast, and the product, whose last program for each tile adds what the others summed. With few tokens the product
+is a matter of reading the weight once: the weight is the left operand, so that a tile of 16 tokens fills the instruction; the
+columns are shared out over several programs, whose sums go to a workspace; the program that comes last, by a counter, adds them
+in order, so the result does not depend on the order of arrival. The counters are set to zero by the cast.
+
+What depends on M is decided in `choose`: the tile, the split, or torch's own product where it is the faster one.
+
+Legend: M tokens, N output channels, K columns; BM x BN x BK is a tile; KB = K / BK.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...layouts import Spec
+from ...layouts.base import Packed
+from ...numerics import Scheme
+from ...ops.registry import Case, Kernel
+from ..torch_.int_mm import int_mm
+from ..torch_.scaled_mm import scaled_mm_blocks, scaled_mm_rows
+from .cast import Cast, cast_tensors, plan_of, why_not_format
+from .launch import INTERPRETED, aligned, define, launch, plain
+
+_COUNTERS = 2048  # at most, of tiles whose columns are shared out
+
+# -- the kernel -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(
+    do_not_specialize=["M"],
+    do_not_specialize_on_alignment=["xs_ptr", "ws_ptr", "zero_ptr", "sum_ptr", "bias_ptr", "part_ptr", "count_ptr"],
+)
+def _product_kernel(
+    x_ptr, w_ptr, y_ptr, xs_ptr, ws_ptr, zero_ptr, sum_ptr, bias_ptr, part_ptr, count_ptr, M, N, xs_rows,
+    K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
+    GROUP: tl.constexpr, XS: tl.constexpr, WS: tl.constexpr, INTEGER: tl.constexpr, EXACT: tl.constexpr, ONES: tl.constexpr,
+):  # fmt: skip
+    """One tile, or one part of its columns. XS, WS: 0 one scale, 1 by row, 2 by 1x128, 3 by 128x128. ONES: token M is ones."""
+    BLOCKED: tl.constexpr = WS >= 2
+    STEPS: tl.constexpr = (K + BK - 1) // BK // SPLIT
+    WHOLE: tl.constexpr = K % BK == 0
+    SUM: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    part, tile = tl.program_id(0) % SPLIT, tl.program_id(0) // SPLIT
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band = tile // (GROUP * tiles_n)  # so many tiles of tokens share the weight in the L2
+    height = min(tiles_m - band * GROUP, GROUP)
+    tile_m = band * GROUP + (tile % (GROUP * tiles_n)) % height
+    tile_n = (tile % (GROUP * tiles_n)) // height
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    k = part * STEPS * BK + tl.arange(0, BK)
+    # Rows beyond the end repeat the last one; they are not stored.
+    n_in = tl.minimum(n, N - 1)
+    m_in = tl.minimum(m, M if ONES else M - 1)
+
+    if SWAP:
+        acc = tl.zeros((BN, BM), dtype=SUM)
+        x_at = x_ptr + m_in[None, :].to(tl.int64) * K + k[:, None]
+        w_at = w_ptr + n_in[:, None].to(tl.int64) * K + k[None, :]
+    else:
+        acc = tl.zeros((BM, BN), dtype=SUM)
+        x_at = x_ptr + m_in[:, None].to(tl.int64) * K + k[None, :]
+        w_at = w_ptr + n_in[None, :].to(tl.int64) * K + k[:, None]
+    for step in range(STEPS):
+        if WHOLE:
+            x = tl.load(x_at)
+            w = tl.load(w_at)
+        else:
+            inside = (step * BK + k) < K
+            if SWAP:
+                x = tl.load(x_at, mask=inside[:, None], other=0.0)
+                w = tl.load(w_at, mask=inside[None, :], other=0.0)
+            else:
+                x = tl.load(x_at, mask=inside[None, :], other=0.0)
+                w = tl.load(w_at, mask=inside[:, None], other=0.0)
+        x_at += BK
+        w_at += BK
+        if BLOCKED:
+            group = (part * STEPS + step) * BK // 128
+            xs = tl.load(xs_ptr + group * xs_rows + m_in)
+            if WS == 3:
+                ws = tl.load(ws_ptr + n_in // 128 * (K // 128) + group)
+            else:
+                ws = tl.load(ws_ptr + n_in * (K // 128) + group)
+            if SWAP:
+                acc += tl.dot(w, x) * (ws[:, None] * xs[None, :])
+            else:
+                acc += tl.dot(x, w) * (xs[:, None] * ws[None, :])
+        elif INTEGER:
+            if SWAP:
+                acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+            else:
+                acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+        elif EXACT:  # sums leave the tensor core, which holds fewer bits than float32, after every step
+            if SWAP:
+                acc = tl.dot(w, x, acc, max_num_imprecise_acc=BK)
+            else:
+                acc = tl.dot(x, w, acc, max_num_imprecise_acc=BK)
+        else:
+            if SWAP:
+                acc = tl.dot(w, x, acc)
+            else:
+                acc = tl.dot(x, w, acc)
+
+    last = True
+    if SPLIT > 1:
+        if SWAP:
+            place = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        else:
+            place = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        parts = part_ptr + tile.to(tl.int64) * (SPLIT * BM * BN)
+        tl.store(parts + part * (BM * BN) + place, acc, cache_modifier=".cg")
+        tl.debug_barrier()
+        last = tl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+    if last:
+        if SPLIT > 1:
+            acc = tl.load(parts + place, cache_modifier=".cg")
+            for other in range(1, SPLIT):
+                acc += tl.load(parts + other * (BM * BN) + place, cache_modifier=".cg")
+        if zero_ptr is not None:
+            zero = tl.load(zero_ptr + tl.minimum(m, M - 1)).to(tl.int32)
+            if ONES:  # a token of ones sums the weight's rows
+                total = tl.sum(tl.where(m[None, :] == M, acc, 0), axis=1)
+            else:
+                total = tl.load(sum_ptr + n_in)
+            if SWAP:
+                acc -= total[:, None] * zero[None, :]
+            else:
+                acc -= zero[:, None] * total[None, :]
+        y = acc.to(tl.float32)
+        if not BLOCKED:
+            xs = tl.load(xs_ptr + tl.minimum(m, M - 1) * XS).to(tl.float32)
+            ws = tl.load(ws_ptr + n_in * WS).to(tl.float32)
+            if SWAP:
+                y = y * xs[None, :] * ws[:, None]
+            else:
+                y = y * xs[:, None] * ws[None, :]
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + n_in).to(tl.float32)
+            y += bias[:, None] if SWAP else bias[None, :]
+        if SWAP:
+            to = y_ptr + m[None, :].to(tl.int64) * N + n[:, None]
+            inside = (m[None, :] < M) & (n[:, None] < N)
+        else:
+            to = y_ptr + m[:, None].to(tl.int64) * N + n[None, :]
+            inside = (m[:, None] < M) & (n[None, :] < N)
+        tl.store(to, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+# -- what is chosen by M ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a product is cut.
+
+    Args:
+        bm, bn, bk: tokens, rows of the weight and columns of a tile.
+        split: programs that share a tile's columns; it divides K / bk. swap: the weight is the left operand.
+        warps, stages: of a program. group: tiles of tokens that follow one another.
+    """
+
+    bm: int = 16
+    bn: int = 64
+    bk: int = 256
+    split: int = 1
+    swap: bool = True
+    warps: int = 4
+    stages: int = 4
+    group: int = 8
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that the stages take."""
+        return self.stages * self.bk * (self.bm + self.bn)
+
+
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # KiB that one program may have, by architecture
+_PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}
+
+
+def choose(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: torch.dtype) -> Tiling | None:
+    """The tiling of a product, or None for torch's own.
+
+    Args:
+        tokens, rows, columns: M, N, K. sm: compute capability times ten.
+        kind: "int8", "e4m3" (scales after the sum) or "blocks" (a scale for each 128 columns). dtype: of the result.
+    """
+    if tokens > 64 and by_torch(tokens, rows, columns, sm, kind, dtype):
+        return None
+    return tiling(tokens, rows, columns, sm, kind)
+
+
+def by_torch(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: torch.dtype) -> bool:
+    """Whether torch's product is the faster one at many tokens, and can write `dtype`."""
+    if kind == "int8":
+        return tokens > 256 and rows % 8 == 0 and columns % 8 == 0
+    if kind == "blocks":
+        return sm == 90 and dtype == torch.bfloat16 and columns % 512 == 0
+    return dtype == torch.bfloat16 and sm >= 89
+
+
+@functools.lru_cache(maxsize=65536)
+def tiling(tokens: int, rows: int, columns: int, sm: int, kind: str) -> Tiling:
+    """Triton's tiling, by rule: few tokens, much of the weight in flight; many tokens, large tiles."""
+    if tokens <= 64:
+        bm = max(16, triton.next_power_of_2(tokens))
+        narrow = kind == "blocks" or bm == 64  # two programs fit a processor
+        made = Tiling(bm=bm, bn=64, bk=128 if narrow else 256, stages=6 if narrow else 4)
+    elif sm < 90 or kind == "blocks" or tokens <= 256:
+        made = Tiling(
+            bm=64 if tokens <= 128 else 128, bn=128, bk=128, swap=False, warps=8 if tokens > 128 else 4, stages=4
+        )
+    else:
+        made = Tiling(bm=128, bn=256, bk=128, swap=False, warps=8, stages=4)
+    return fit(made, tokens, rows, columns, sm)
+
+
+def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
+    """The tiling made to fit K and the shared memory, its columns shared out so that the last round of programs is a full one."""
+    bk = made.bk
+    while bk > 32 and columns % bk and columns % (bk // 2) < columns % bk:
+        bk //= 2
+    stages = made.stages
+    room = _SHARED.get(sm, 227 if sm >= 90 else 99) * 1024 - 2048
+    while stages > 2 and stages * bk * (made.bm + made.bn) > room:
+        stages -= 1
+    made = replace(made, bk=bk, stages=stages)
+    tiles, steps = -(-tokens // made.bm) * -(-rows // made.bn), columns // bk
+    resident = max(1, min(room // made.shared, 16 // made.warps, 4))
+    slots = _PROCESSORS.get(sm, 132) * resident
+    if columns % bk or tiles > min(_COUNTERS, 2 * slots):
+        return made
+    fitting = [split for split in range(1, 17) if steps % split == 0 and (split == 1 or steps // split >= 4)]
+
+    def cost(split: int) -> float:
+        rounds = tiles * split / slots
+        sums = 4 * tokens / columns * split if split > 1 else 0.0  # bytes of the workspace, beside those of the weight
+        return -(-tiles * split // slots) / rounds + 0.02 * split + sums
+
+    return replace(made, split=min(fitting, key=cost))
+
+
+# -- the product ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Weights:
+    """What is fixed for a scheme: kind of product, how scales are found, and the activation's zero point."""
+
+    kind: str
+    x_scales: int
+    w_scales: int
+    zero: bool
+
+
+_SCALES = {"tensor": 0, "row": 1, "1x128": 2, "128x128": 3}
+
+
+@functools.cache
+def _weights(scheme: str) -> _Weights:
+    parsed = Scheme.parse(scheme)
+    assert parsed.act is not None
+    w_scales, integer = _SCALES[parsed.weight.block], parsed.weight.element.kind == "int"
+    return _Weights(
+        kind="int8" if integer else "blocks" if w_scales >= 2 else "e4m3",
+        x_scales=_SCALES[parsed.act.block],
+        w_scales=w_scales,
+        zero=parsed.act.zero_point is not None,
+    )
+
+
+def product(
+    x: Cast, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None, scheme: str, tokens: int, dtype: torch.dtype, tiled: Tiling,
+    fill: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The product of a cast activation and a weight by one tiling; `fill`: counters, zero, where columns are shared out.
+
+    Where x has a zero point and holds one token more, that one is all ones."""
+    about = _weights(scheme)
+    (rows, columns), device = w_NK.shape, w_NK.device
+    y_MN = torch.empty(tokens, rows, dtype=dtype, device=device)
+    tiles = -(-tokens // tiled.bm) * -(-rows // tiled.bn)
+    parts = None
+    if tiled.split > 1:
+        sums = torch.int32 if about.kind == "int8" else torch.float32
+        parts = torch.empty(tiles * tiled.split * tiled.bm * tiled.bn, dtype=sums, device=device)
+        fill = torch.zeros(_COUNTERS, dtype=torch.int32, device=device) if fill is None else fill
+    zero = x.zero_point
+    ones = x.codes.shape[0] == tokens + 1 and zero is not None
+    total = w_NK.sum(dim=-1, dtype=torch.int32) if zero is not None and not ones else None
+    exact = tokens <= 64 or dtype is not torch.bfloat16
+    key = (
+        tiled, about, columns, exact, ones, dtype, aligned(w_NK), w_scale.dtype,
+        None if bias is None else bias.dtype, None if zero is None else zero.dtype, device.index,
+    )  # fmt: skip
+
+    def constants() -> tuple[Any, ...]:
+        return (
+            columns, tiled.bm, tiled.bn, tiled.bk, tiled.split, tiled.swap, tiled.group, about.x_scales, about.w_scales,
+            about.kind == "int8", exact, ones,
+        )  # fmt: skip
+
+    xs_rows = x.scale.stride(1) if about.x_scales == 2 else 16
+    fill = None if parts is None else fill
+    args = (x.codes, w_NK, y_MN, x.scale, w_scale, zero, total, bias, parts, fill, tokens, rows, xs_rows)
+    launch(_product_kernel, key, (tiles * tiled.split, 1, 1), args, constants, device, tiled.warps, tiled.stages)
+    return y_MN
+
+
+@triton.jit(
+    do_not_specialize=["M"], do_not_specialize_on_alignment=["xs_ptr", "ws_ptr", "zero_ptr", "sum_ptr", "bias_ptr"]
+)
+def _scale_kernel(
+    s_ptr, y_ptr, xs_ptr, ws_ptr, zero_ptr, sum_ptr, bias_ptr, M, N, XS: tl.constexpr, WS: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """A piece of a row of int32 sums, scaled."""
+    m = tl.program_id(0) // tl.cdiv(N, BN)
+    n = tl.program_id(0) % tl.cdiv(N, BN) * BN + tl.arange(0, BN)
+    inside = n < N
+    at = m.to(tl.int64) * N + n
+    sums = tl.load(s_ptr + at, mask=inside, other=0)
+    if zero_ptr is not None:
+        sums -= tl.load(zero_ptr + m).to(tl.int32) * tl.load(sum_ptr + n, mask=inside, other=0)
+    w_scale = tl.load(ws_ptr + n * WS, mask=inside, other=0.0).to(tl.float32)
+    y = sums.to(tl.float32) * tl.load(xs_ptr + m * XS).to(tl.float32) * w_scale
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def scaled(
+    sums_MN: Tensor, x: Cast, w_NK: Tensor, w_scale: Tensor, bias: Tensor | None, scheme: str, dtype: torch.dtype
+) -> Tensor:
+    """int32 sums of torch's product, scaled in one pass."""
+    (tokens, rows), device, zero, about = sums_MN.shape, sums_MN.device, x.zero_point, _weights(scheme)
+    y_MN = torch.empty((tokens, rows), dtype=dtype, device=device)
+    total = w_NK.sum(dim=-1, dtype=torch.int32) if zero is not None else None
+    constants = (about.x_scales, about.w_scales, 1024)
+    key = (
+        "scale", constants, dtype, w_scale.dtype, None if bias is None else bias.dtype, None if zero is None else zero.dtype,
+        device.index,
+    )  # fmt: skip
+    args = (sums_MN, y_MN, x.scale, w_scale, zero, total, bias, tokens, rows)
+    launch(_scale_kernel, key, (tokens * -(-rows // 1024), 1, 1), args, lambda: constants, device, 4)
+    return y_MN
+
+
+def linear(
+    x_MK: Tensor, w_NK: Tensor, w_scale: Tensor, act_scale: Tensor | None, pre_scale: Tensor | None, bias: Tensor | None,
+    scheme: str, tiled: Tiling | None = None,
+) -> Tensor:  # fmt: skip
+    """The whole linear: cast and product. tiled: instead of what `choose` says."""
+    (tokens, columns), rows, dtype = x_MK.shape, w_NK.shape[0], x_MK.dtype
+    if tokens == 0:
+        return x_MK.new_empty((0, rows))
+    about, act = _weights(scheme), Scheme.parse(scheme).act
+    assert act is not None
+    more = int(about.zero and tokens < 64)  # a token of ones
+    if tiled is None:
+        tiled = choose(tokens + more, rows, columns, _sm(x_MK), about.kind, dtype)
+    if tiled is None and INTERPRETED:
+        tiled = tiling(tokens, rows, columns, _sm(x_MK), about.kind)
+    more = int(more and tiled is not None and tiled.swap and tokens < tiled.bm)
+    w_NK, w_scale = w_NK.contiguous(), w_scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    plan = plan_of(act, columns, x_MK.device)
+    blocks = about.x_scales == 2
+    padded = -(-tokens // 16) * 16 if blocks else tokens + more  # columns of scales start at multiples of 16 numbers
+    fill = None
+    if tiled is not None and tiled.split > 1:
+        fill = torch.empty(_COUNTERS, dtype=torch.int32, device=x_MK.device)
+    x = cast_tensors(x_MK, plan, pre_scale, act_scale, rows=padded, across=blocks, fill=fill)
+    if more:
+        x.codes[tokens:].fill_(1)
+    if tiled is not None:
+        return product(x, w_NK, w_scale, bias, scheme, tokens, dtype, tiled, fill)
+    if about.kind == "int8":
+        return scaled(int_mm(x.codes, w_NK), x, w_NK, w_scale, bias, scheme, dtype)
+    if about.kind == "blocks":
+        y_MN = scaled_mm_blocks(x.codes, x.scale, w_NK, w_scale)[:tokens]
+        return y_MN if bias is None else y_MN.add_(bias)
+    return scaled_mm_rows(x.codes, x.scale, w_NK, w_scale, bias, dtype)
+
+
+def _sm(x: Tensor) -> int:
+    return _capability(x.device.index) if x.device.type == "cuda" else 90  # the interpreter plays a Hopper
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def _fake(
+    x: Tensor,
+    w: Tensor,
+    w_scale: Tensor,
+    act_scale: Tensor | None,
+    pre_scale: Tensor | None,
+    bias: Tensor | None,
+    scheme: str,
+) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0]))
+
+
+define(
+    "w8a8",
+    "(Tensor x, Tensor w, Tensor w_scale, Tensor? act_scale, Tensor? pre_scale, Tensor? bias, str scheme) -> Tensor",
+    linear,
+    _fake,
+)
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+_PAIRS = (("row", "row"), ("tensor", "tensor"), ("row", "tensor"), ("tensor", "row"))
+
+
+def _why_not(case: Case) -> str:
+    weight, act = case.weight, case.act
+    if (
+        act is None
+        or weight.zero_point
+        or weight.scale not in ("fp32", "bf16", "fp16")
+        or weight.element.name not in ("int8", "e4m3")
+    ):
+        return f"wants int8 or e4m3 weights without a zero point and activations to match, got {case.scheme}"
+    if (
+        act.element.name != weight.element.name
+        or act.nested
+        or act.scale != "fp32"
+        or act.zero_point not in (None, "int8")
+    ):
+        return f"wants activations in {weight.element.name} with fp32 scales, got {act}"
+    blocks = (
+        (weight.block, act.block) == ("128x128", "1x128") and weight.element.name == "e4m3" and weight.scale == "fp32"
+    )
+    if not blocks and (weight.block, act.block) not in _PAIRS:
+        return f"wants scales by row or tensor, or e4m3/128x128@e4m3/1x128, got {case.scheme}"
+    if case.device != "cuda":
+        return f"wants cuda, got {case.device}"
+    wanted = 80 if weight.element.name == "int8" else 89
+    if case.sm < wanted:
+        return f"wants sm{wanted} for products of {weight.element.name}, got sm{case.sm}"
+    if len(case.shape) != 2 or any(size % 16 for size in case.shape):
+        return f"wants a matrix with N and K in multiples of 16, got {case.shape}"
+    dtypes = ("bfloat16", "float16", "float32") if weight.element.name == "int8" else ("bfloat16", "float16")
+    if case.dtype not in dtypes:  # the tensor cores sum float8 products in fewer bits than float32 has
+        return f"wants {' or '.join(dtypes)} with {weight.element.name}, got {case.dtype}"
+    return why_not_format(act, case.shape[-1], case.extras)
+
+
+def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
+    args: tuple[Any, ...] = (
+        x_MK, packed["qdata"], packed["scale"], packed.get("act_scale"), packed.get("act_pre_scale"), bias, spec.scheme
+    )  # fmt: skip
+    y_MN: Tensor = linear(*args) if plain(x_MK) else torch.ops.lowp.w8a8(*args)
+    return y_MN
+
+
+KERNELS = (
+    Kernel(
+        op="linear", name="w8a8", rank=60, layout="plain", why_not=_why_not, run=_run,
+        cases=(
+            "e4m3/row@e4m3/row", "e4m3/tensor@e4m3/tensor", "e4m3/128x128@e4m3/1x128", "int8/row@int8/row",
+            "int8/row@int8/row+int8", "int8/tensor@int8/tensor", "int8/row*bf16@int8/row",
+        ),
+        about="fused cast, then int8 or float8 tensor cores, in Triton; torch's product where it is faster",
+    ),
+)  # fmt: skip
