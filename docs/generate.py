@@ -86,7 +86,7 @@ def kernels_page() -> str:
         "# Kernels and layouts",
         "Made by `docs/generate.py` from the kernel table. `lowp explain linear int4` says which can run where you are.",
     ]
-    for op in ("linear", "matmul", "embedding"):
+    for op in ("linear", "matmul", "grouped", "embedding"):
         rows = [
             (
                 f"`{k.name}`",

@@ -8,6 +8,8 @@ Tests are sorted by what they need; what cannot run here is skipped with its rea
     guest("torchao>=0.18")       another project's package, the version included
     slow                         over a minute or many GB: left out unless asked for with `pytest -m slow`
 
+Without a GPU, Triton's kernels are run by its interpreter, on CPU tensors (tests/ops/test_kernels.py).
+
 Fixtures: `device` runs a test on the CPU and again on a GPU; `poison` fills all memory that torch leaves uninitialised.
 Every test starts from the same random seed.
 """
@@ -19,6 +21,9 @@ import random
 import pytest
 import torch
 from packaging.requirements import Requirement
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: before anything imports lowp.kernels.triton_
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: more threads than cores only wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))

@@ -5,8 +5,21 @@ under `kernels/`: it says which cases it can run and runs them. `pick` chooses, 
 """
 
 from .embedding import embedding
+from .grouped import grouped
 from .linear import linear
 from .matmul import matmul
 from .registry import Case, Kernel, best_layout, explain, kernels_of, pick, strict
 
-__all__ = ["Case", "Kernel", "best_layout", "embedding", "explain", "kernels_of", "linear", "matmul", "pick", "strict"]
+__all__ = [
+    "Case",
+    "Kernel",
+    "best_layout",
+    "embedding",
+    "explain",
+    "grouped",
+    "kernels_of",
+    "linear",
+    "matmul",
+    "pick",
+    "strict",
+]
