@@ -78,7 +78,9 @@ def test_the_way_from_torch(route, device):
     assert torch.equal(y[: ENDS[-1]], grouped(x, q.packed, q.spec, offs)[: ENDS[-1]])
     batch = torch.randn(E, 3, K, device=device, dtype=torch.bfloat16)
     assert torch.equal(route(batch, q.mT), grouped(batch, q.packed, q.spec))
-    back = torch.randn(T, N, device=device, dtype=torch.bfloat16)  # not transposed, as a gradient has it: through floats
+    back = torch.randn(
+        T, N, device=device, dtype=torch.bfloat16
+    )  # not transposed, as a gradient has it: through floats
     expected = torch._grouped_mm(back, q.dequantize(), offs=offs)
     assert torch.equal(route(back, q, offs=offs)[: ENDS[-1]], expected[: ENDS[-1]])
 
