@@ -123,6 +123,17 @@ def test_every_tiling_computes_the_same(scheme, tiling, device, poison):
     assert torch.equal(y, w16.tiled(x, parts_of(q.packed), q.scheme, tiling, bias)), "the same bits each time"
 
 
+@pytest.mark.parametrize(
+    "scheme", ["int4/1x32*fp16+int8", "int3/1x64*fp16+fp16", "e2m1/1x64*fp16", "e5m2/1x32*fp16", "e3m2/1x64*e4m3"]
+)
+def test_worked_out_in_16_bits(scheme, device):
+    """The path of elements, scales and zero points that are float16 numbers; bfloat16's is the same text, on a GPU."""
+    assert decode.exact_in(scheme, torch.float16) and not decode.exact_in(scheme, torch.float32)
+    q, x = weight(scheme, (40, 128), device, torch.float16), torch.randn(3, 128, device=device, dtype=torch.float16)
+    y = w16.tiled(x, parts_of(q.packed), q.scheme, TILINGS[0])
+    assert relative_error(reference(x, q.packed, q.spec), y) <= q.format.tolerance(torch.float16)
+
+
 @pytest.mark.parametrize("tiling", [tiling for tiling in TILINGS if tiling.split == 1], ids=str)
 def test_every_tiling_finds_its_expert(tiling, device, poison):
     q = weight("int4/1x32*bf16", (3, 40, 64), device)
@@ -135,13 +146,13 @@ def test_every_tiling_finds_its_expert(tiling, device, poison):
     assert relative_error(grouped_reference(batch, q.packed, q.spec), y) <= q.format.tolerance(torch.bfloat16)
 
 
-@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100])
+@pytest.mark.parametrize("sm", [80, 86, 89, 90, 100, 120])
 @pytest.mark.parametrize("shape", [(128, 256), (4096, 14336), (151936, 8192), (64, 16)])
 def test_what_is_chosen_can_run(shape, sm):
     for tokens in (1, 7, 16, 33, 64, 65, 200, 512, 513, 100000):
         for at_most in (16, 32, 1 << 30):
-            tiling = w16.choose(tokens, *shape, sm, bits=4, at_most=at_most)
-            assert (tiling is None) == (tokens > (512 if sm >= 90 else 256))
+            tiling = w16.choose(tokens, *shape, sm, at_most=at_most)
+            assert (tiling is None) == (tokens > (512 if 90 <= sm < 120 else 256))
             if tiling is not None:
                 assert 16 <= tiling.bk <= at_most
                 assert (tiling.split - 1) * tiling.bk < shape[1], "each split has columns"

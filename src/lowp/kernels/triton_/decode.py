@@ -143,6 +143,22 @@ def plan(scheme: str, shape: tuple[int, ...]) -> Plan:
     )  # fmt: skip
 
 
+@functools.cache
+def exact_in(scheme: str, dtype: torch.dtype) -> bool:
+    """Whether elements, scales and zero points are numbers of this 16-bit dtype, and `values_in` can put the elements together:
+    then (value - zero_point) * scale may be worked out in it, two at a time; the product is rounded once, as from float32."""
+    fmt = Scheme.parse(scheme).weight
+    element, bf16 = fmt.element, dtype is torch.bfloat16
+    if dtype not in (torch.bfloat16, torch.float16) or element.kind not in ("int", "float") or fmt.zero_point == "fp32":
+        return False
+    if element.kind == "int" and element.bits > (7 if bf16 else 10):  # bits of the mantissa
+        return False
+    if element.kind == "float" and not (bf16 or element.ebits < 5 or element.bias == 15):
+        return False
+    scales = ("bf16", "e8m0", "e4m3") if bf16 else ("fp16", "e4m3")
+    return fmt.block in ("row", "tensor") or fmt.scale in scales
+
+
 # -- inside a kernel: N rows, columns [k, k + K) of a tile ------------------------------------------------------------
 
 
@@ -153,7 +169,8 @@ def _small_float(code: tl.tensor, F: tl.constexpr, OF_SCALE: tl.constexpr) -> tl
     BIAS: tl.constexpr = F.scale_bias if OF_SCALE else F.bias
     SPECIALS: tl.constexpr = F.scale_specials if OF_SCALE else F.specials
     magnitude = code & ((1 << (BITS - 1)) - 1)
-    field = (magnitude << (23 - MBITS)) | ((code >> (BITS - 1)) << 31)
+    # To the top, and down again to where float32 has its mantissa: the copies of the sign on the way are masked off.
+    field = ((code << (32 - BITS)) >> (9 - BITS + MBITS)) & (-(1 << 31) | (((1 << (BITS - 1)) - 1) << (23 - MBITS)))
     value = field.to(tl.float32, bitcast=True) * (2.0 ** (127 - BIAS))
     if SPECIALS == "fnuz":
         value = tl.where(code == (1 << (BITS - 1)), float("nan"), value)
@@ -203,6 +220,31 @@ def values(codes: tl.tensor, table_ptr: tl.tensor, F: tl.constexpr) -> tl.tensor
         value = _small_float(codes, F, False)
     else:
         value = tl.load(table_ptr + codes).to(tl.float32)
+    return value
+
+
+@triton.jit
+def values_in(codes: tl.tensor, dtype: tl.constexpr, F: tl.constexpr) -> tl.tensor:
+    """As `values`, for integers and floats, in the 16 bits of `dtype`: two numbers an instruction."""
+    mantissa: tl.constexpr = 7 if dtype == tl.bfloat16 else 10
+    one: tl.constexpr = 0x3F80 if dtype == tl.bfloat16 else 0x3C00
+    if F.kind == "int":
+        half: tl.constexpr = (1 << (F.bits - 1)) if F.signed else 0
+        magic: tl.constexpr = one + (mantissa << mantissa)  # 2**mantissa: there a step of the last bit is 1
+        bits = (codes ^ half) | magic
+        value = bits.to(tl.int16).to(dtype, bitcast=True) - (2.0**mantissa + half)
+    else:
+        magnitude = codes & ((1 << (F.bits - 1)) - 1)
+        mask: tl.constexpr = -(1 << 31) | (((1 << (F.bits - 1)) - 1) << (16 + mantissa - F.mbits))
+        bits = (((codes << (32 - F.bits)) >> (16 - F.bits + F.mbits - mantissa)) & mask) >> 16
+        value = bits.to(tl.int16).to(dtype, bitcast=True) * (2.0 ** ((one >> mantissa) - F.bias))
+        if F.specials == "fnuz":
+            value = tl.where(codes == (1 << (F.bits - 1)), float("nan"), value)
+        if F.specials == "ieee":
+            special = (bits | (((1 << (15 - mantissa)) - 1) << mantissa)).to(tl.int16).to(dtype, bitcast=True)
+            value = tl.where(magnitude >= (1 << (F.bits - 1)) - (1 << F.mbits), special, value)
+        if F.specials == "fn":
+            value = tl.where(magnitude == (1 << (F.bits - 1)) - 1, float("nan"), value)
     return value
 
 

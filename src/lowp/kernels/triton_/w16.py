@@ -37,7 +37,19 @@ from ...layouts.base import Packed
 from ...numerics import known_formats
 from ...ops.linear import act_values
 from ...ops.registry import Case, Kernel, device_capability
-from .decode import codes_tile, decode, groups_at, place, plan, read_scale, scaled, table_of, values
+from .decode import (
+    codes_tile,
+    decode,
+    exact_in,
+    groups_at,
+    place,
+    plan,
+    read_scale,
+    scaled,
+    table_of,
+    values,
+    values_in,
+)
 from .decode import why_not as why_not_decoded
 from .launch import computed_in, launch, parts_of, register
 
@@ -60,23 +72,22 @@ class Tiling:
     stages: int = 4
 
 
-def choose(
-    tokens: int, rows: int, columns: int, sm: int, *, bits: int, at_most: int, experts: int = 1
-) -> Tiling | None:
+def choose(tokens: int, rows: int, columns: int, sm: int, *, at_most: int, experts: int = 1) -> Tiling | None:
     """The tiling by rule; None: decode the weight once, then torch's own product.
 
     Args:
         tokens: of all experts together. rows, columns: N, K of one. sm: 90 for Hopper. at_most: the widest tile of columns.
     """
     each = -(-tokens // experts)
-    if each > (512 if sm >= 90 else 256):  # there two passes over the weight cost less than a product at half the speed
+    big = 90 <= sm < 120  # a data center's chip: twice the shared memory of others, and more products for a byte
+    if each > (512 if big else 256):  # there two passes over the weight cost less than a product at half the speed
         return None
     bk = min(128, at_most)
     if each > 64:
-        bm, bn = (128, 128) if each > 128 and sm >= 90 else (64, 128)
+        bm, bn = (128, 128) if each > 128 and big else (64, 128)
         return Tiling(bn=bn, bm=bm, bk=min(64, bk), weight_left=False, warps=8 if bm == 128 else 4, stages=3)
     bm = 16 if each <= 16 else 32 if each <= 32 else 64
-    bn = 64 if rows * experts >= 8192 or sm >= 90 else 32
+    bn = 64 if rows * experts >= 8192 or big else 32
     tiles = -(-rows // bn) * experts
     split = 1
     if (
@@ -131,14 +142,14 @@ def product(
     M: tl.tensor, TILES: tl.tensor, N: tl.tensor, C: tl.tensor, R: tl.tensor, SC: tl.tensor, NS: tl.tensor, SE: tl.tensor,
     NE: tl.tensor,
     F: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
-    LEFT: tl.constexpr, EVEN: tl.constexpr,
+    LEFT: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of the product, or of one split of it.
 
     M: all tokens where `offs` tells which are whose, else the tokens of each of the E matrices. TILES: of tokens. STEPS: tiles of
-    columns of a split. The other sizes as in `Plan`.
+    columns of a split. The other sizes as in `Plan`. EXACT: 16 bits do (`exact_in`).
     """
-    dtype = x_ptr.dtype.element_ty
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile, split = tl.program_id(0) % TILES, tl.program_id(1)
     rows = tl.program_id(0) // TILES * BN + tl.arange(0, BN)
     begin = split * STEPS * BK
@@ -176,17 +187,17 @@ def product(
             x = tl.load(x_ptr + (x_row[:, None] + column[None, :]))
         else:
             x = tl.load(x_ptr + (x_row[:, None] + column[None, :]), mask=(column < C)[None, :], other=0.0)
-        w = values(codes, table_ptr, F)
+        w = values_in(codes, dtype, F) if EXACT else values(codes, table_ptr, F)
         if F.group:
-            scale = read_scale(raw, ss_ptr, sz_ptr, place(nest_row, g // F.nest_columns, F, BK), F)
-            zero = zero_raw.to(tl.float32)
+            scale = read_scale(raw, ss_ptr, sz_ptr, place(nest_row, g // F.nest_columns, F, BK), F).to(w.dtype)
+            zero = zero_raw.to(w.dtype)
             g = groups_at(k + BK, SC, F, BK)  # those of the next tile are under way while this one is worked on
             raw = tl.load(s_ptr + place(s_row, g, F, BK))
             if F.zero:
                 zero_raw = tl.load(z_ptr + place(s_row, g, F, BK))
             w = scaled(w, scale, zero, F)
         elif F.zero:
-            w = w - zero_raw.to(tl.float32)[:, None]
+            w = w - zero_raw.to(w.dtype)[:, None]
         w = w.to(dtype)
         if LEFT:
             sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
@@ -263,6 +274,7 @@ def tiled(
         {
             "F": p.numbers, "E": p.stack, "BN": tiling.bn, "BM": tiling.bm, "BK": tiling.bk,
             "STEPS": -(-columns // (split * tiling.bk)), "LEFT": tiling.weight_left, "EVEN": columns % (split * tiling.bk) == 0,
+            "EXACT": exact_in(scheme, dtype),
         },
         key=(scheme, shape, x.dtype, tiling, None if bias is None else bias.dtype), warps=tiling.warps, stages=tiling.stages,
     )  # fmt: skip
@@ -278,7 +290,8 @@ def tiled(
 @functools.lru_cache(maxsize=65536)
 def _chosen(tokens: int, scheme: str, shape: tuple[int, ...], sm: int) -> Tiling | None:
     p = plan(scheme, shape)
-    return choose(tokens, p.rows, p.columns, sm, bits=p.numbers.bits, at_most=p.at_most, experts=p.stack)
+    at_most = min(p.at_most, 64) if p.numbers.kind == "codebook" else p.at_most  # an address a look-up: registers
+    return choose(tokens, p.rows, p.columns, sm, at_most=at_most, experts=p.stack)
 
 
 _SCHEMA = "Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? scale_scale, Tensor? scale_zero_point"
