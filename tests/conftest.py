@@ -22,10 +22,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-if (
-    not torch.cuda.is_available()
-):  # before Triton is imported: its kernels are then run by its interpreter, on CPU tensors
-    os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: before anything imports lowp.kernels.triton_
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: more threads than cores only wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 

@@ -6,6 +6,7 @@ under `kernels/`: it says which cases it can run and runs them. `pick` chooses, 
 
 from .cast import cast, cast_codes_as, fake_cast
 from .embedding import embedding
+from .grouped import grouped
 from .linear import linear
 from .matmul import matmul
 from .registry import Case, Kernel, best_layout, explain, kernels_of, pick, strict
@@ -19,6 +20,7 @@ __all__ = [
     "embedding",
     "explain",
     "fake_cast",
+    "grouped",
     "kernels_of",
     "linear",
     "matmul",

@@ -39,7 +39,7 @@ class Case(Schemed):
     """What a kernel may look at.
 
     Args:
-        op: "linear", "matmul", "embedding", "cast" ...
+        op: "linear", "matmul", "grouped", "embedding", "cast" ...
         scheme: spelling of the weight's format and, after "@", the activation's.
         layout: name of the weight's layout.
         device: "cpu", "cuda" ...; sm: compute capability times ten, 90 for Hopper, 0 elsewhere.

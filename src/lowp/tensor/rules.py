@@ -22,6 +22,7 @@ from ..layouts import Spec, layout_of
 from ..layouts.plain import cut, tensor_shapes
 from ..numerics import Format, quantize
 from ..ops.embedding import embedding
+from ..ops.grouped import grouped
 from ..ops.linear import linear
 from ..ops.matmul import matmul
 from .qtensor import RULES, QTensor
@@ -501,6 +502,19 @@ def _bmm(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 def _is_expanded(w: QTensor) -> bool:
     return w.dim() == 3 and all(_is_shared(name) or tensor.stride(0) == 0 for name, tensor in w.packed.items())
+
+
+@rule(aten._grouped_mm.default)
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    x, w, offs, *rest = (*args, None, None, None)[: max(3, len(args))]
+    offs, (bias, out_dtype) = kwargs.get("offs", offs), (rest + [None, None])[:2]
+    bias, out_dtype = kwargs.get("bias", bias), kwargs.get("out_dtype", out_dtype)
+    fits = isinstance(w, QTensor) and w.transposed and not w.is_lazy_view and w.dim() == 3
+    if isinstance(x, QTensor) or not fits or x.dim() != (3 if offs is None else 2) or bias is not None:
+        floats = [a.dequantize() if isinstance(a, QTensor) else a for a in (x, w)]
+        return func(*floats, offs=offs, bias=bias, out_dtype=out_dtype)
+    y = grouped(x, w.packed, w.spec, offs)
+    return y if out_dtype is None else y.to(out_dtype)
 
 
 @rule(aten.embedding.default)

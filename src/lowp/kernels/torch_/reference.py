@@ -15,7 +15,8 @@ from ...layouts.base import Packed
 from ...ops.cast import codes_reference, fake_cast, fake_reference
 from ...ops.cast import reference as cast_reference
 from ...ops.embedding import reference as embedding_reference
-from ...ops.linear import prescale, weight_values
+from ...ops.grouped import reference as grouped_reference
+from ...ops.linear import act_values, prescale, weight_values
 from ...ops.linear import reference as linear_reference
 from ...ops.matmul import reference as matmul_reference
 from ...ops.registry import Case, Kernel
@@ -39,16 +40,56 @@ def _matmul_dequantized(x: Tensor, packed: Packed, spec: Spec, transposed: bool)
     return matmul_reference(x, packed, spec, transposed, dtype=x.dtype)
 
 
+def _grouped_dequantized(x: Tensor, packed: Packed, spec: Spec, offs: Tensor | None) -> Tensor:
+    w_EKN = weight_values(packed, spec, x.dtype).mT
+    values = act_values(x, packed, spec, torch.float32).to(x.dtype) if spec.act or "act_pre_scale" in packed else x
+    return values @ w_EKN if offs is None else torch._grouped_mm(values, w_EKN, offs=offs)
+
+
+def _why_not_grouped(case: Case) -> str:
+    """What torch._grouped_mm wants."""
+    if case.device != "cuda":
+        return ""
+    if case.dtype != "bfloat16" or case.sm < 80:
+        return f"wants bfloat16 on sm80, got {case.dtype} on sm{case.sm}"
+    if any(size % 8 for size in case.shape[-2:]):
+        return f"wants N and K in multiples of 8, got {case.shape}"
+    return ""
+
+
 KERNELS = tuple(
-    Kernel(op=op, name=name, rank=rank, layout="", why_not=_always, run=run, fallback=True, about=about)
-    for op, name, rank, run, about in (
-        ("linear", "dequantize", 900, _linear_dequantized, "weight to the activation's dtype, then torch's linear"),
-        ("matmul", "dequantize", 900, _matmul_dequantized, "weight to the activation's dtype, then torch's matmul"),
-        ("linear", "reference", 1000, linear_reference, "the definition, in float32"),
-        ("matmul", "reference", 1000, matmul_reference, "the definition, in float32"),
-        ("cast", "reference", 1000, cast_reference, "the definition, in torch"),
-        ("fake_cast", "reference", 1000, fake_reference, "the definition, in torch"),
-        ("cast_codes_as", "reference", 1000, codes_reference, "the definition, in torch"),
-        ("embedding", "reference", 1000, embedding_reference, "decode the whole table, then look up"),
+    Kernel(op=op, name=name, rank=rank, layout="", why_not=why_not, run=run, fallback=True, about=about)
+    for op, name, rank, why_not, run, about in (
+        (
+            "linear",
+            "dequantize",
+            900,
+            _always,
+            _linear_dequantized,
+            "weight to the activation's dtype, then torch's linear",
+        ),
+        (
+            "matmul",
+            "dequantize",
+            900,
+            _always,
+            _matmul_dequantized,
+            "weight to the activation's dtype, then torch's matmul",
+        ),
+        (
+            "grouped",
+            "dequantize",
+            900,
+            _why_not_grouped,
+            _grouped_dequantized,
+            "weights decoded, then torch._grouped_mm",
+        ),
+        ("linear", "reference", 1000, _always, linear_reference, "the definition, in float32"),
+        ("matmul", "reference", 1000, _always, matmul_reference, "the definition, in float32"),
+        ("grouped", "reference", 1000, _always, grouped_reference, "every token times every expert, its own kept"),
+        ("cast", "reference", 1000, _always, cast_reference, "the definition, in torch"),
+        ("fake_cast", "reference", 1000, _always, fake_reference, "the definition, in torch"),
+        ("cast_codes_as", "reference", 1000, _always, codes_reference, "the definition, in torch"),
+        ("embedding", "reference", 1000, _always, embedding_reference, "decode the whole table, then look up"),
     )
 )

@@ -1,0 +1,433 @@
+"""Weights in 1 to 8 bits from the plain layout times bf16, fp16 or fp32: one tiled product for every element, batch and device.
+
+    y_MN = x_MK @ ((qdata_NK - zero_point) * scale).T + bias_N
+
+Where the scheme quantizes the activation too, x is quantized and dequantized first. A tile of codes is loaded as words, decoded
+in registers and multiplied on tensor cores, so the weight is read from memory once, in its few bits. Scales of groups are applied
+to the decoded weight; a scale of a row or of the tensor to the sums, where it costs nothing.
+
+What depends on the batch M is decided by `choose`, by rule:
+
+    M small     the weight is the left operand: its rows fill the instruction's 64 (16 on Ampere), a few tokens its 8 or 16
+                columns. Few rows leave processors idle, so the columns are split, each split writes its sums, and a second
+                kernel adds them in a fixed order: no atomics, the same bits each time.
+    M medium    ordinary tiles, tokens on the left. The weight is decoded once for each tile of tokens.
+    M large     the weight is decoded once to a workspace (`decode.py`), and torch's own product takes over.
+
+The grouped form, y[t] = x[t] @ W[e(t)].T with the tokens sorted by expert, is the same kernel: each tile finds its expert from
+the offsets on the device (`_expert_of`), so the host waits for nothing and a CUDA graph can hold it. A batch of matrices is the
+form where each expert has as many tokens.
+
+Legend: M tokens (T where they belong to experts), N output channels, K input channels, E experts.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...layouts import Spec
+from ...layouts.base import Packed
+from ...numerics import known_formats
+from ...ops.linear import act_values
+from ...ops.registry import Case, Kernel, device_capability
+from .decode import (
+    codes_tile,
+    decode,
+    exact_in,
+    groups_at,
+    place,
+    plan,
+    read_scale,
+    scaled,
+    table_of,
+    values,
+    values_in,
+)
+from .decode import why_not as why_not_decoded
+from .packed import computed_in, launch, parts_of, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a product is cut.
+
+    Args:
+        bn, bm, bk: rows of the weight, tokens and columns of a tile. split: parts that the columns are split in.
+        weight_left: the weight is the left operand. warps, stages: of a block and of its pipeline.
+    """
+
+    bn: int
+    bm: int
+    bk: int
+    split: int = 1
+    weight_left: bool = True
+    warps: int = 4
+    stages: int = 4
+
+
+def choose(tokens: int, rows: int, columns: int, sm: int, *, at_most: int, experts: int = 1) -> Tiling | None:
+    """The tiling by rule; None: decode the weight once, then torch's own product.
+
+    Args:
+        tokens: of all experts together. rows, columns: N, K of one. sm: 90 for Hopper. at_most: the widest tile of columns.
+    """
+    each = -(-tokens // experts)
+    big = 90 <= sm < 120  # a data center's chip: twice the shared memory of others, and more products for a byte
+    if each > (512 if big else 256):  # there two passes over the weight cost less than a product at half the speed
+        return None
+    bk = min(128, at_most)
+    if each > 64:
+        bm, bn = (128, 128) if each > 128 and big else (64, 128)
+        return Tiling(bn=bn, bm=bm, bk=min(64, bk), weight_left=False, warps=8 if bm == 128 else 4, stages=3)
+    bm = 16 if each <= 16 else 32 if each <= 32 else 64
+    bn = 64 if rows * experts >= 8192 or big else 32
+    tiles = -(-rows // bn) * experts
+    split = 1
+    if (
+        experts == 1
+    ):  # as many blocks as two rounds of about 128 processors hold, and at least four tiles of columns each
+        while tiles * split < 256 and columns // (2 * split * bk) >= 4 and split < 16:
+            split *= 2
+    return Tiling(bn=bn, bm=bm, bk=bk, split=split, stages=4 if bm < 64 else 3)
+
+
+def candidates(tokens: int, columns: int, at_most: int) -> list[Tiling]:
+    """Tilings worth measuring for a number of tokens."""
+    bks = sorted({min(bk, at_most) for bk in (64, 128, 256)})
+    if tokens > 64:
+        shapes = ((64, 64, 4), (128, 64, 4), (128, 128, 8), (256, 64, 8), (128, 64, 8), (64, 128, 4))
+        return [
+            Tiling(bn=bn, bm=bm, bk=bk, weight_left=left, warps=warps, stages=stages)
+            for bn, bm, warps in shapes for bk in bks[:2] for left in (False, True) for stages in (3, 4)
+        ]  # fmt: skip
+    bm = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    return [
+        Tiling(bn=bn, bm=bm, bk=bk, split=split, warps=warps, stages=stages)
+        for bn, warps in ((32, 4), (64, 4), (128, 4), (128, 8)) for bk in bks for split in (1, 2, 4) for stages in (2, 4)
+        if columns >= 2 * split * bk
+    ]  # fmt: skip
+
+
+# -- the kernels ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _expert_of(offs_ptr: tl.tensor, tile: tl.tensor, M: tl.tensor, E: tl.constexpr, BM: tl.constexpr) -> tl.tensor:
+    """(expert, its first token, how many it has, which of its tiles): experts of no tokens have no tile, and the tokens after
+    the last offset are those of an expert E, whose results are zeros."""
+    slots: tl.constexpr = triton.next_power_of_2(E + 1)
+    e = tl.arange(0, slots)
+    ends = tl.load(offs_ptr + e, mask=e < E, other=M)
+    starts = tl.load(offs_ptr + e - 1, mask=(e > 0) & (e <= E), other=0)
+    counts = tl.where(e <= E, ends - starts, 0)
+    tiles = (counts + BM - 1) // BM
+    upto = tl.cumsum(tiles, 0)
+    expert = tl.sum((upto <= tile).to(tl.int32), 0)
+    here = e == expert
+    before = tl.sum(tl.where(e < expert, tiles, 0), 0)
+    return expert, tl.sum(tl.where(here, starts, 0), 0), tl.sum(tl.where(here, counts, 0), 0), tile - before
+
+
+@triton.jit(do_not_specialize=["M", "TILES"])
+def product(
+    q_ptr: tl.tensor, x_ptr: tl.tensor, s_ptr: tl.tensor, z_ptr: tl.tensor, ss_ptr: tl.tensor, sz_ptr: tl.tensor,
+    table_ptr: tl.tensor, bias_ptr: tl.tensor, offs_ptr: tl.tensor, y_ptr: tl.tensor,
+    M: tl.tensor, TILES: tl.tensor, N: tl.tensor, C: tl.tensor, R: tl.tensor, SC: tl.tensor, NS: tl.tensor, SE: tl.tensor,
+    NE: tl.tensor,
+    F: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    LEFT: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of the product, or of one split of it.
+
+    M: all tokens where `offs` tells which are whose, else the tokens of each of the E matrices. TILES: of tokens. STEPS: tiles of
+    columns of a split. The other sizes as in `Plan`. EXACT: 16 bits do (`exact_in`).
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tile, split = tl.program_id(0) % TILES, tl.program_id(1)
+    rows = tl.program_id(0) // TILES * BN + tl.arange(0, BN)
+    begin = split * STEPS * BK
+    if offs_ptr is not None:
+        expert, first, count, tile = _expert_of(offs_ptr, tile, M, E, BM)
+        if expert > E:
+            return
+        matrix = tl.minimum(expert, E - 1).to(tl.int64)
+    else:
+        per = (M + BM - 1) // BM
+        matrix, count = (tile // per).to(tl.int64), M
+        first = matrix * M
+        tile = tile % per
+    tokens = tile * BM + tl.arange(0, BM)
+    x_row = (first + tl.minimum(tokens, count - 1)).to(tl.int64) * C
+    n = tl.minimum(rows, N - 1)
+    q_row = (matrix * N + n) * R
+    scale_row = n // F.scale_rows
+    s_row = matrix * SE + scale_row * SC
+    nest_row = matrix * NE + scale_row // F.nest_rows * NS
+    g = groups_at(begin, SC, F, BK)
+    raw = tl.load(s_ptr + place(s_row, g, F, BK))
+    zero_raw = raw
+    if F.zero:
+        zero_raw = tl.load(z_ptr + place(s_row, g, F, BK))
+    if LEFT:
+        sums = tl.zeros((BN, BM), tl.float32)
+    else:
+        sums = tl.zeros((BM, BN), tl.float32)
+    for step in range(STEPS):
+        k = begin + step * BK
+        column = k + tl.arange(0, BK)
+        codes = codes_tile(q_ptr, q_row, k, R, F, BK, EVEN)
+        if EVEN:
+            x = tl.load(x_ptr + (x_row[:, None] + column[None, :]))
+        else:
+            x = tl.load(x_ptr + (x_row[:, None] + column[None, :]), mask=(column < C)[None, :], other=0.0)
+        w = values_in(codes, dtype, F) if EXACT else values(codes, table_ptr, F)
+        if F.group:
+            scale = read_scale(raw, ss_ptr, sz_ptr, place(nest_row, g // F.nest_columns, F, BK), F).to(w.dtype)
+            zero = zero_raw.to(w.dtype)
+            g = groups_at(k + BK, SC, F, BK)  # those of the next tile are under way while this one is worked on
+            raw = tl.load(s_ptr + place(s_row, g, F, BK))
+            if F.zero:
+                zero_raw = tl.load(z_ptr + place(s_row, g, F, BK))
+            w = scaled(w, scale, zero, F)
+        elif F.zero:
+            w = w - zero_raw.to(w.dtype)[:, None]
+        w = w.to(dtype)
+        if LEFT:
+            sums = tl.dot(w, tl.trans(x), sums, input_precision="ieee")
+        else:
+            sums = tl.dot(x, tl.trans(w), sums, input_precision="ieee")
+    if F.group == 0:
+        scale = read_scale(raw, ss_ptr, sz_ptr, nest_row, F)
+        sums = sums * (scale[:, None] if LEFT else scale[None, :])
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n).to(tl.float32)
+        sums = sums + (bias[:, None] if LEFT else bias[None, :])
+    if offs_ptr is not None:
+        sums = tl.where(expert == E, 0.0, sums)
+    y_row = (split * M + first + tokens).to(tl.int64) * N
+    at = y_row[None, :] + rows[:, None] if LEFT else y_row[:, None] + rows[None, :]
+    inside = (
+        (tokens < count)[None, :] & (rows < N)[:, None] if LEFT else (tokens < count)[:, None] & (rows < N)[None, :]
+    )
+    tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["MN"])
+def add_splits(
+    part_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    MN: tl.tensor,
+    N: tl.tensor,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """y = the sum of the splits, the first first, + bias."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < MN
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(SPLIT):
+        total += tl.load(part_ptr + i * MN.to(tl.int64) + at, mask=inside, other=0.0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + at % N, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+# -- on the host ------------------------------------------------------------------------------------------------------
+
+
+def tiled(
+    x: Tensor,
+    parts: tuple[Tensor | None, ...],
+    scheme: str,
+    tiling: Tiling,
+    bias: Tensor | None = None,
+    offs: Tensor | None = None,
+) -> Tensor:
+    """The product by one tiling.
+
+    Args:
+        x: contiguous (M, K); for a stack of weights (T, K) with offs, or (E, M, K). parts: the weight's tensors (`parts_of`).
+    """
+    qdata = parts[0]
+    assert qdata is not None
+    tokens, columns = x.shape[-2:]
+    shape = (*qdata.shape[:-1], columns)
+    p, dtype = plan(scheme, shape), computed_in(x.dtype)
+    tiles = -(-tokens // tiling.bm) * p.stack
+    if offs is not None:  # an expert, or the tokens of none, has one tile that is not full at most
+        tiles = tokens // tiling.bm + min(p.stack + 1, tokens)
+    y = torch.empty((*x.shape[:-1], p.rows), dtype=dtype, device=x.device)
+    split = tiling.split
+    part = y if split == 1 else torch.empty((split, tokens, p.rows), dtype=torch.float32, device=x.device)
+    launch(
+        product, (tiles * -(-p.rows // tiling.bn), split),
+        (qdata, x.to(dtype), *parts[1:], table_of(scheme, dtype, x.device), bias if split == 1 else None, offs, part),
+        (tokens, tiles, p.rows, columns, p.row_units, p.scale_columns, p.nest_columns, p.scales, p.nests),
+        {
+            "F": p.numbers, "E": p.stack, "BN": tiling.bn, "BM": tiling.bm, "BK": tiling.bk,
+            "STEPS": -(-columns // (split * tiling.bk)), "LEFT": tiling.weight_left, "EVEN": columns % (split * tiling.bk) == 0,
+            "EXACT": exact_in(scheme, dtype),
+        },
+        key=(scheme, shape, x.dtype, tiling, None if bias is None else bias.dtype), warps=tiling.warps, stages=tiling.stages,
+    )  # fmt: skip
+    if split > 1:
+        launch(
+            add_splits, (-(-tokens * p.rows // 1024),), (part, bias, y), (tokens * p.rows, p.rows),
+            {"SPLIT": split, "BLOCK": 1024}, key=(p.rows, split, x.dtype, None if bias is None else bias.dtype),
+            warps=4, stages=1,
+        )  # fmt: skip
+    return y.to(x.dtype)
+
+
+@functools.lru_cache(maxsize=65536)
+def _chosen(tokens: int, scheme: str, shape: tuple[int, ...], sm: int) -> Tiling | None:
+    p = plan(scheme, shape)
+    at_most = min(p.at_most, 64) if p.numbers.kind == "codebook" else p.at_most  # an address a look-up: registers
+    return choose(tokens, p.rows, p.columns, sm, at_most=at_most, experts=p.stack)
+
+
+_SCHEMA = "Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? scale_scale, Tensor? scale_zero_point"
+_LIBRARY = torch.library.Library("lowp", "FRAGMENT")
+_LIBRARY.define(f"w16(Tensor x, {_SCHEMA}, Tensor? bias, str scheme) -> Tensor")
+_LIBRARY.define(f"w16_grouped(Tensor x, {_SCHEMA}, Tensor? offs, str scheme) -> Tensor")
+
+
+def _w16(
+    x_MK: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, scale_scale: Tensor | None,
+    scale_zero_point: Tensor | None, bias: Tensor | None, scheme: str,
+) -> Tensor:  # fmt: skip
+    device, (tokens, columns) = x_MK.device, x_MK.shape
+    rows = qdata.shape[0]
+    if 0 in (tokens, rows, columns):
+        zeros = x_MK.new_zeros((tokens, rows))
+        return zeros if bias is None else zeros + bias.to(x_MK.dtype)
+    parts = (qdata, scale, zero_point, scale_scale, scale_zero_point)
+    tiling = _chosen(tokens, scheme, (rows, columns), device_capability(device.type, device.index))
+    if tiling is None:
+        w_NK = torch.ops.lowp.decode(*parts, None, scheme, columns, x_MK.dtype)
+        return F.linear(x_MK, w_NK, None if bias is None else bias.to(x_MK.dtype))
+    return tiled(x_MK.contiguous(), parts, scheme, tiling, bias)
+
+
+def _w16_fake(
+    x_MK: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, scale_scale: Tensor | None,
+    scale_zero_point: Tensor | None, bias: Tensor | None, scheme: str,
+) -> Tensor:  # fmt: skip
+    return x_MK.new_empty((x_MK.shape[0], qdata.shape[0]))
+
+
+def _grouped(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, scale_scale: Tensor | None,
+    scale_zero_point: Tensor | None, offs: Tensor | None, scheme: str,
+) -> Tensor:  # fmt: skip
+    device, (experts, rows), columns = x.device, qdata.shape[:2], x.shape[-1]
+    if 0 in x.shape or 0 in qdata.shape:
+        return x.new_zeros((*x.shape[:-1], rows))
+    parts = (qdata, scale, zero_point, scale_scale, scale_zero_point)
+    sm = device_capability(device.type, device.index)
+    tiling = _chosen(x.numel() // columns, scheme, (experts, rows, columns), sm)
+    torch_can = x.dtype is torch.bfloat16 and sm >= 80 and rows % 8 == 0 and columns % 8 == 0  # rows of 16 bytes
+    if tiling is None and (offs is None or torch_can):
+        w_ENK = torch.ops.lowp.decode(*parts, None, scheme, columns, x.dtype)
+        return x @ w_ENK.mT if offs is None else torch._grouped_mm(x.contiguous(), w_ENK.mT, offs=offs)
+    tiling = tiling or Tiling(
+        bn=128, bm=64, bk=min(64, plan(scheme, (experts, rows, columns)).at_most), weight_left=False, stages=3
+    )
+    return tiled(x.contiguous(), parts, scheme, tiling, offs=offs)
+
+
+def _grouped_fake(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor | None, scale_scale: Tensor | None,
+    scale_zero_point: Tensor | None, offs: Tensor | None, scheme: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((*x.shape[:-1], qdata.shape[-2]))
+
+
+register(_LIBRARY, "w16", _w16, _w16_fake)
+register(_LIBRARY, "w16_grouped", _grouped, _grouped_fake)
+
+
+def _input(x: Tensor, packed: Packed, spec: Spec) -> Tensor:
+    return act_values(x, packed, spec, torch.float32).to(x.dtype) if spec.act or "act_pre_scale" in packed else x
+
+
+def _run_linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
+    return torch.ops.lowp.w16(_input(x_MK, packed, spec), *parts_of(packed), bias, spec.scheme)
+
+
+def _run_grouped(x: Tensor, packed: Packed, spec: Spec, offs: Tensor | None) -> Tensor:
+    return torch.ops.lowp.w16_grouped(_input(x, packed, spec), *parts_of(packed), offs, spec.scheme)
+
+
+def _run_matmul(x: Tensor, packed: Packed, spec: Spec, transposed: bool) -> Tensor:
+    if transposed and x.dim() == 3 and len(spec.shape) == 3:
+        return torch.ops.lowp.w16_grouped(x, *parts_of(packed), None, spec.scheme)
+    weight = decode(packed, spec, x.dtype)
+    return x @ (weight.mT if transposed else weight)
+
+
+def _run_embedding(ids: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
+    return decode(packed, spec, dtype, ids)
+
+
+def _why_not(case: Case, axes: int) -> str:
+    if case.device != "cuda":
+        return f"wants cuda, got {case.device}"
+    if case.sm < 80:
+        return f"wants sm80, got sm{case.sm}"
+    if case.dtype not in ("bfloat16", "float16", "float32"):
+        return f"wants bfloat16, float16 or float32, got {case.dtype}"
+    if axes and len(case.shape) != axes:
+        return f"wants a weight of {axes} axes, got shape {case.shape}"
+    return why_not_decoded(case.weight, case.shape)
+
+
+def _why_not_linear(case: Case, weight_only: bool) -> str:
+    if weight_only != (case.act is None):
+        return f"wants {'a weight-only scheme' if weight_only else 'an activation format'}, got {case.scheme}"
+    return _why_not(case, 2)
+
+
+_SCHEMES = tuple(known.spelling for known in known_formats() if "/" in known.spelling)
+_GROUPED = (
+    "int4/1x128*bf16",
+    "int4/1x128*bf16+bf16",
+    "int8/row",
+    "e4m3/row",
+    "e2m1/1x32*e8m0",
+    "e2m1/1x16*e4m3/tensor",
+    "nf4/1x64*bf16",
+)
+
+KERNELS = (
+    Kernel(
+        op="linear", name="w16", rank=120, layout="plain", why_not=functools.partial(_why_not_linear, weight_only=True),
+        run=_run_linear, cases=tuple(scheme for scheme in _SCHEMES if "@" not in scheme),
+        about="Triton: decoded in registers, multiplied on tensor cores; above some hundred tokens decoded once",
+    ),
+    Kernel(
+        op="linear", name="w16_act", rank=250, layout="plain", why_not=functools.partial(_why_not_linear, weight_only=False),
+        run=_run_linear, cases=tuple(scheme for scheme in _SCHEMES if "@" in scheme),
+        about="as w16, the activation quantized and dequantized first",
+    ),
+    Kernel(
+        op="grouped", name="w16", rank=120, layout="plain", why_not=functools.partial(_why_not, axes=3), run=_run_grouped,
+        cases=_GROUPED, about="as w16; each tile finds its expert on the device",
+    ),
+    Kernel(
+        op="matmul", name="decode", rank=120, layout="plain", why_not=functools.partial(_why_not, axes=0), run=_run_matmul,
+        cases=_SCHEMES, about="decoded by Triton, then torch's matmul; (E, M, K) x (E, N, K) as grouped",
+    ),
+    Kernel(
+        op="embedding", name="decode", rank=120, layout="plain", why_not=functools.partial(_why_not, axes=2), run=_run_embedding,
+        cases=_SCHEMES, about="Triton: rows gathered and decoded in one launch",
+    ),
+)  # fmt: skip
