@@ -64,15 +64,24 @@ def _compiler() -> ctypes.CDLL:
     return lib
 
 
-def available() -> str:
-    """ "" where text can be compiled and launched, else one sentence why not."""
+def missing_compiler() -> str:
+    """An empty string where text can be compiled, else one sentence why not."""
+    try:
+        _compiler()
+    except ImportError as error:
+        return f"wants NVRTC, got: {error}"
+    return ""
+
+
+def missing() -> str:
+    """An empty string where text can be compiled and launched, else one sentence why not."""
     if torch.version.cuda is None:
         return f"wants torch for CUDA, got torch {torch.__version__}"
     try:
-        _driver(), _compiler()
+        _driver()
     except ImportError as error:
-        return f"wants the CUDA driver and NVRTC, got: {error}"
-    return ""
+        return f"wants the CUDA driver, got: {error}"
+    return missing_compiler()
 
 
 @functools.cache

@@ -28,11 +28,13 @@ from torch import Tensor
 from ...layouts import LAYOUTS, Spec
 from ...layouts.base import Packed
 from ...layouts.fragments import UNIT, by_group, planes
-from ...numerics import Scheme, known_formats
+from ...numerics import Format, Scheme, known_formats
 from ...ops import tuned
-from ...ops.linear import act_values, prescale
+from ...ops.cast import cast, fake_cast
+from ...ops.linear import prescale
 from ...ops.registry import Case, Kernel
 from .. import nvrtc
+from ..torch_.scaled_mm import scaled_mm_blocks
 from .tiling import Tiling, candidates, choose, shared_bytes
 
 _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3}
@@ -139,9 +141,15 @@ def _table(scheme: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Plan:
-    """How a batch is multiplied: by a tiling, or None: decoded first. table: the measured choices that it was made from."""
+    """How a batch is multiplied.
+
+    Args:
+        tiling: of the product, or None: decode first, then cuBLAS. float8: as float8 numbers, see `_float8`.
+        table: the measured choices that it was made from.
+    """
 
     tiling: Tiling | None
+    float8: bool
     table: object
 
 
@@ -154,7 +162,8 @@ class _Weight:
     stride: int
     nest: int
     processors: int
-    quantized_input: bool
+    act: Format | None
+    float8: bool
     plans: dict[int, _Plan]
 
 
@@ -168,7 +177,8 @@ def _weight(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: tor
         stride=0 if fmt.block == "tensor" else 1,
         nest=math.prod(fmt.nested.block_dims(fmt.scale_shape(shape))) if fmt.nested else 1,
         processors=torch.cuda.get_device_properties(device).multi_processor_count,
-        quantized_input=parsed.act is not None,
+        act=parsed.act,
+        float8=_as_float8(scheme, shape, dtype),
         plans={},
     )
 
@@ -256,16 +266,56 @@ def _new_plan(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> _
     shape = (spec.shape[0], spec.shape[1])
     measured = tuned.choice("mixed", tuned.key_of(spec.scheme, dtype, spec.shape, tokens))
     if measured is not None:
-        tiling = None if measured.get("decode") else Tiling(**measured)
-    else:
-        tiling = choose(tokens, *shape, weight.numbers, weight.processors)
-    return _Plan(tiling=tiling, table=tuned.table())
+        return _Plan(
+            tiling=None if "how" in measured else Tiling(**measured),
+            float8=measured.get("how") == "float8",
+            table=tuned.table(),
+        )
+    float8 = weight.float8 and tokens >= _FLOAT8_FROM
+    tiling = None if float8 else choose(tokens, *shape, weight.numbers, weight.processors)
+    return _Plan(tiling=tiling, float8=float8, table=tuned.table())
 
 
 def _candidates(case: Case, tokens: int) -> list[dict[str, Any]]:
     """For `lowp tune`: every tiling, and decoding first."""
     numbers = _numbers(case.scheme, case.shape, getattr(torch, case.dtype))
-    return [*(dataclasses.asdict(one) for one in candidates(tokens, case.shape[1], numbers)), {"decode": True}]
+    found = [*(dataclasses.asdict(one) for one in candidates(tokens, case.shape[1], numbers)), {"how": "decode"}]
+    return [*found, {"how": "float8"}] if _as_float8(case.scheme, case.shape, getattr(torch, case.dtype)) else found
+
+
+# -- 4-bit weights, float8 activations -----------------------------------------------------------------------------------
+
+_FLOAT8_FROM = 1024  # tokens from which decoding to float8 and torch's blockwise product are the faster way, measured
+
+
+def _as_float8(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether the product can be one of float8 numbers: exact elements with a scale for each 128 columns, activations by row."""
+    parsed = Scheme.parse(scheme)
+    weight, act = parsed.weight, parsed.act
+    exact = (
+        weight.element.bits <= 4 and weight.element.kind != "codebook"
+    )  # integers up to 16 and float4 are e4m3 numbers
+    blocks = weight.block == "1x128" and weight.nested is None and not weight.zero_point and shape[1] % 512 == 0
+    return exact and blocks and shape[0] % 16 == 0 and dtype == torch.bfloat16 and str(act) == "e4m3/row"
+
+
+def _float8(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, weight: _Weight) -> Tensor:
+    """y = sum over blocks of 128 columns of (x_q @ w_q.T) * x_scale_M * w_scale_NG, on float8 tensor cores: twice bf16's rate.
+
+    The weight's elements are decoded once, exactly, without their scales; torch's blockwise product multiplies by these.
+    """
+    tokens, rows, groups = x_MK.shape[0], spec.shape[0], spec.shape[1] // 128
+    assert weight.act is not None
+    more = -tokens % 16  # cuBLAS wants columns of scales to start at multiples of 16 bytes
+    parts = cast(x_MK, weight.act, packed.get("act_scale"), packed.get("act_pre_scale"))
+    assert parts.scale is not None
+    codes = F.pad(parts.qdata.view(torch.uint8), (0, 0, 0, more)).view(torch.float8_e4m3fn) if more else parts.qdata
+    x_scale_GM = F.pad(parts.scale.view(1, -1), (0, more)).expand(groups, -1).contiguous()
+    w_scale_GN = packed["scale"].permute(1, 0, 2).reshape(groups, -1)[:, :rows].float().contiguous()
+    y_MN = scaled_mm_blocks(codes, x_scale_GM.t(), decode(packed, spec, torch.float16, e4m3=True), w_scale_GN.t())[
+        :tokens
+    ]
+    return y_MN if bias is None else y_MN + bias.to(y_MN.dtype)
 
 
 # -- the op -----------------------------------------------------------------------------------------------------------
@@ -276,8 +326,11 @@ def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Te
     if tokens == 0:
         return x_MK.new_empty((0, spec.shape[0]))
     weight = _weight(spec.scheme, spec.shape, dtype, x_MK.device)
-    if weight.quantized_input:
-        x_MK = act_values(x_MK, packed, spec, torch.float32).to(dtype)
+    plan = _plan(weight, spec, dtype, tokens)
+    if plan.float8:
+        return _float8(x_MK, packed, spec, bias, weight)
+    if weight.act is not None:
+        x_MK = fake_cast(x_MK, weight.act, packed.get("act_scale"), packed.get("act_pre_scale"))
     elif "act_pre_scale" in packed:
         x_MK = prescale(x_MK, packed)
     if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
@@ -287,7 +340,7 @@ def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Te
     with (
         torch.cuda.device(x_MK.device) if x_MK.device.index != torch.cuda.current_device() else contextlib.nullcontext()
     ):
-        tiling = _plan(weight, spec, dtype, tokens).tiling
+        tiling = plan.tiling
         if tiling is None:
             return F.linear(x_MK, decode(packed, spec, dtype), bias)
         return product(x_MK, packed, spec, bias, tiling)
@@ -318,11 +371,21 @@ def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tenso
 
 @functools.cache
 def _compiler_missing() -> str:
-    return nvrtc.available()
+    return nvrtc.missing()
+
+
+def _why_not_scheme(scheme: Scheme) -> str:
+    weight, act = scheme.weight, scheme.act
+    if not by_group(weight) and (weight.zero_point or weight.scale not in ("fp32", "bf16", "fp16")):
+        return f"wants scales of rows that are floats, and no zero point beside them, got {weight}"
+    if act is not None and weight.element.bits == 8 and not by_group(weight) and act.block in ("row", "tensor"):
+        return f"wants weights below 8 bits or with scales of groups where activations are quantized too, got {scheme}"
+    if weight.zero_point and weight.zero_point not in _ZEROS:
+        return f"wants a zero point in {', '.join(_ZEROS)}, got {weight}"
+    return ""
 
 
 def _why_not(case: Case) -> str:
-    weight, act = case.weight, case.act
     if case.device != "cuda":
         return f"wants cuda, got {case.device}"
     if case.sm != 90:
@@ -331,11 +394,13 @@ def _why_not(case: Case) -> str:
         return f"wants bfloat16 or float16 activations, got {case.dtype}"
     if len(case.shape) != 2:
         return f"wants a matrix, got shape {case.shape}"
-    if not by_group(weight) and (weight.zero_point or weight.scale not in ("fp32", "bf16", "fp16")):
-        return f"wants scales of rows that are floats, and no zero point beside them, got {weight}"
-    if act is not None and weight.element.bits == 8 and not by_group(weight) and act.block in ("row", "tensor"):
-        return f"wants weights below 8 bits or with scales of groups where activations are quantized too, got {case.scheme}"
-    return _compiler_missing()
+    return _why_not_scheme(Scheme.parse(case.scheme)) or _compiler_missing()
+
+
+def _cases() -> tuple[str, ...]:
+    schemes = [(known.spelling, Scheme.parse(known.spelling)) for known in known_formats()]
+    fits = LAYOUTS["fragments"].why_not
+    return tuple(name for name, one in schemes if not fits(one.weight, (256, 256), "cuda") and not _why_not_scheme(one))
 
 
 KERNELS = (
@@ -347,11 +412,7 @@ KERNELS = (
         why_not=_why_not,
         run=_run,
         about="decoded in registers, between Hopper's copy engine and its tensor cores (CUDA text)",
-        cases=tuple(
-            known.spelling
-            for known in known_formats()
-            if not LAYOUTS["fragments"].why_not(Scheme.parse(known.spelling).weight, (256, 256), "cuda")
-        ),
+        cases=_cases(),
         candidates=_candidates,
     ),
 )

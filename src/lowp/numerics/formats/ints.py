@@ -62,6 +62,12 @@ KNOWN = (
         about="4-bit weights, asymmetric 8-bit activations: phones",
         source="8da4w of ExecuTorch",
     ),
+    Known(
+        spelling="int4/1x128*bf16@e4m3/row",
+        about="4-bit weights, float8 activations: many tokens on float8 tensor cores",
+        source="QServe, arXiv 2405.04532 (as W4A8)",
+    ),
+    Known(spelling="int4/1x128*bf16@int8/row", about="4-bit weights, 8-bit activations"),
     Known(spelling="int3/1x64*bf16+bf16", preset="INT3", about="weight-only, groups of 64, asymmetric"),
     Known(spelling="int2/1x32*bf16+bf16", preset="INT2", about="weight-only, groups of 32, asymmetric"),
     Known(spelling="int7/row", about="weight-only, odd width"),

@@ -1,0 +1,170 @@
+"""The mixed product on Hopper: every tiling is right, and the rule chooses among them. Formats are tests/ops/test_kernels.py's.
+
+What needs no GPU: tilings fit the chip, the text compiles for every format where NVRTC is installed.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lowp.kernels import nvrtc
+from lowp.kernels.cuda_ import mixed
+from lowp.kernels.cuda_.tiling import Tiling, candidates, choose, estimate_us, shared_bytes
+from lowp.numerics import Scheme, dequantize, known_formats
+from lowp.numerics.compare import relative_error
+from lowp.ops import strict, tuned
+from lowp.ops.linear import linear
+from lowp.ops.linear import reference as linear_reference
+from lowp.tensor import QTensor
+
+SHAPES = ((28672, 4096), (4096, 14336), (1024, 8192), (5120, 25600), (200, 192), (72, 64 * 7))
+BATCHES = (1, 2, 7, 8, 9, 16, 33, 64, 65, 100, 128, 129, 256, 300, 1000, 8192)
+WIDTHS = ("int4/1x64*bf16", "int3/1x64*bf16+bf16", "nf4/1x64*int8/1x256", "e4m3/row", "e2m1/1x16*e4m3/tensor")
+FORMATS = sorted({str(Scheme.parse(scheme).weight) for scheme in mixed.KERNELS[0].cases})
+
+
+@pytest.mark.parametrize("scheme", WIDTHS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_candidates_fit_the_chip_and_the_columns(scheme, shape):
+    numbers = mixed._numbers(scheme, shape, torch.bfloat16)
+    for tokens in BATCHES:
+        found = candidates(tokens, shape[1], numbers)
+        chosen = choose(tokens, *shape, numbers, 132)
+        assert (chosen in found) if found else chosen is None
+        for one in found:
+            assert shared_bytes(one, numbers) <= 227 * 1024 and one.stages >= 2 and one.bm >= min(tokens, 64) / 2
+            assert shape[1] // 64 % one.kc == 0 and one.split * one.kc <= shape[1] // 64
+            assert one.grid(tokens, *shape, 132) >= 1 and (not one.stream or one.grid(tokens, *shape, 132) <= 132)
+
+
+def test_the_model_asks_for_more_time_for_more_work():
+    tiling = Tiling(wgs=2, bm=128, kc=2)
+    times = [estimate_us(tiling, tokens, 14336, 4096, 132) for tokens in (128, 1024, 8192)]
+    assert times == sorted(times) and times[2] > 4 * times[1]
+
+
+@pytest.mark.skipif(bool(nvrtc.missing_compiler()), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_the_text_compiles_for_every_format(scheme, tmp_path, monkeypatch):
+    """Not kept from an earlier run: the compiler itself is asked."""
+    monkeypatch.setenv("LOWP_CACHE", str(tmp_path))
+    shape = (256, 512)
+    for dtype in (torch.bfloat16, torch.float16):
+        numbers = mixed._numbers(scheme, shape, dtype)
+        for tokens in (1, 300):
+            tiling = choose(tokens, *shape, numbers, 132)
+            assert mixed.compile_product(tiling, numbers)[:4] == b"\x7fELF"
+        assert mixed.compile_decoder(numbers, e4m3=False)[:4] == b"\x7fELF"
+    assert len(list(tmp_path.rglob("*.cubin"))) == 6
+
+
+def weight(scheme, n=320, k=1024, dtype=torch.bfloat16):
+    return QTensor.quantize(torch.randn(n, k, device="cuda", dtype=dtype) * 0.05, scheme).to_layout("fragments")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", WIDTHS)
+def test_every_tiling_is_right_and_deterministic(scheme, dtype, poison):
+    q = weight(scheme, n=200, dtype=dtype)
+    numbers = mixed._numbers(q.spec.scheme, q.spec.shape, dtype)
+    bias = torch.randn(200, device="cuda", dtype=dtype)
+    for tokens in (1, 13, 40, 100, 300):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=dtype)
+        expected = linear_reference(x, q.packed, q.spec, bias)
+        for tiling in candidates(tokens, 1024, numbers):
+            y = mixed.product(x, q.packed, q.spec, bias, tiling)
+            assert relative_error(expected, y) <= q.format.tolerance(dtype), (tokens, tiling)
+            assert torch.equal(y, mixed.product(x, q.packed, q.spec, bias, tiling)), (tokens, tiling)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_decoding_a_whole_weight(scheme, poison):
+    q = weight(scheme)
+    values = dequantize(q.parts(), q.format)
+    for dtype in (torch.bfloat16, torch.float16):
+        # the element is exact; its scale and the product are rounded once each
+        assert relative_error(values, mixed.decode(q.packed, q.spec, dtype)) <= 1.5 * torch.finfo(dtype).eps
+
+
+def case_for(q, dtype=torch.bfloat16):
+    from lowp.ops.registry import case_of
+
+    return case_of("linear", torch.empty(0, q.shape[1], device="cuda", dtype=dtype), q.packed, q.spec)
+
+
+@pytest.mark.gpu
+def test_inputs_as_they_come():
+    """Strided, unaligned, empty, many axes, a bias of another dtype, more rows than a multiple of 8."""
+    q = weight("int4/1x128*bf16", n=203)
+    bias = torch.randn(203, device="cuda")
+    big = torch.randn(40, 3000, device="cuda", dtype=torch.bfloat16)
+    for x in (big[:, 5:1029], big[::3, 8:1032], big[:0, :1024], big[:, :1024].reshape(4, 10, 1024), big[3, 1:1025]):
+        y = linear(x.reshape(-1, 1024) if x.dim() != 2 else x, q.packed, q.spec, bias)
+        expected = linear_reference(x.reshape(-1, 1024), q.packed, q.spec, bias)
+        assert relative_error(expected, y.reshape(expected.shape)) <= q.format.tolerance(torch.bfloat16)
+    assert torch.nn.functional.linear(big[:6, :1024].reshape(2, 3, 1024), q).shape == (2, 3, 203)
+
+
+@pytest.mark.gpu
+def test_streams_and_graphs():
+    """Two streams at once share nothing, and a graph replays with new numbers in the same place."""
+    q = weight("int4/1x128*bf16", n=4096, k=4096)
+    xs = [torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16) for m in (300, 17)]
+    expected = [linear(x, q.packed, q.spec) for x in xs]
+    streams = [torch.cuda.Stream() for _ in xs]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(10):
+        for x, stream in zip(xs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(linear(x, q.packed, q.spec))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected[i % 2]) for i, result in enumerate(results))
+    static = xs[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = linear(static, q.packed, q.spec)
+    static.copy_(2 * xs[0])
+    graph.replay()
+    assert torch.equal(y, linear(2 * xs[0], q.packed, q.spec))
+
+
+@pytest.mark.gpu
+def test_float8_activations_with_many_tokens():
+    """int4/1x128@e4m3/row as a float8 product: the meaning is the same, whatever the batch is run by."""
+    q = weight("int4/1x128*bf16@e4m3/row", n=256, k=1024)
+    for tokens in (1, 100, 1024, 1030):
+        x, bias = (
+            torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16),
+            torch.randn(256, device="cuda").bfloat16(),
+        )
+        with strict():
+            y = linear(x, q.packed, q.spec, bias)
+        assert relative_error(linear_reference(x, q.packed, q.spec, bias), y) <= q.format.tolerance(torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_measured_choices_are_taken():
+    q = weight("int4/1x128*bf16")
+    x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
+    rule = mixed._plan(mixed._weight(q.spec.scheme, q.spec.shape, x.dtype, x.device), q.spec, x.dtype, 4)
+    for config in mixed._candidates(case_for(q), 4):
+        with tuned.forced("mixed", config):
+            plan = mixed._plan(mixed._weight(q.spec.scheme, q.spec.shape, x.dtype, x.device), q.spec, x.dtype, 4)
+            assert config in ({"how": "decode"}, plan.tiling and dataclasses.asdict(plan.tiling))
+            y = linear(x, q.packed, q.spec)
+        assert relative_error(linear_reference(x, q.packed, q.spec), y) <= q.format.tolerance(torch.bfloat16)
+    assert (
+        mixed._plan(mixed._weight(q.spec.scheme, q.spec.shape, x.dtype, x.device), q.spec, x.dtype, 4).tiling
+        == rule.tiling
+    )
+
+
+def test_what_it_leaves_to_others():
+    """8-bit times 8-bit, tables of 256 values, blocks of several rows, and zero points of whole rows: each has its own kernel."""
+    refused = {known.spelling for known in known_formats() if known.spelling not in mixed.KERNELS[0].cases}
+    eight_bits = {"e4m3/row@e4m3/row", "e4m3/tensor@e4m3/tensor", "int8/row@int8/row", "e4m3/128x128@e4m3/1x128"}
+    assert refused == eight_bits | {"bf16", "dyn8/1x256", "udyn8/1x256", "uint8/tensor+int32"}
