@@ -72,7 +72,7 @@ def launch(
     if words and tensors[0] is not None and tensors[0].data_ptr() & 3:  # a view that starts inside a word
         tensors = (tensors[0].clone(), *tensors[1:])
     grid = (*grid, 1, 1)[:3]
-    found = (kernel, key, device, *(2 if tensor is None else tensor.data_ptr() & 15 == 0 for tensor in tensors))
+    found = (id(kernel), key, device, *(2 if tensor is None else tensor.data_ptr() & 15 == 0 for tensor in tensors))
     compiled = _COMPILED.get(found)
     if compiled is not None:
         compiled[grid](*tensors, *sizes, *constants.values())

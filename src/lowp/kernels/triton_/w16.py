@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,7 @@ from ...numerics import known_formats
 from ...ops.linear import act_values
 from ...ops.registry import Case, Kernel, device_capability
 from .decode import (
+    Plan,
     codes_tile,
     decode,
     exact_in,
@@ -243,6 +245,31 @@ def add_splits(
 # -- on the host ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Fixed:
+    """What does not change from call to call. It is its own key: compared by identity, hashed at no cost."""
+
+    plan: Plan
+    dtype: torch.dtype
+    table: Tensor | None
+    blocks: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@functools.cache
+def _fixed(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, tiling: Tiling, device: torch.device) -> _Fixed:
+    p, dtype, span = plan(scheme, shape), computed_in(dtype), tiling.split * tiling.bk
+    return _Fixed(
+        plan=p, dtype=dtype, table=table_of(scheme, dtype, device), blocks=-(-p.rows // tiling.bn),
+        sizes=(p.rows, p.columns, p.row_units, p.scale_columns, p.nest_columns, p.scales, p.nests),
+        constants={
+            "F": p.numbers, "E": p.stack, "BN": tiling.bn, "BM": tiling.bm, "BK": tiling.bk, "STEPS": -(-p.columns // span),
+            "LEFT": tiling.weight_left, "EVEN": p.columns % span == 0, "EXACT": exact_in(scheme, dtype),
+        },
+    )  # fmt: skip
+
+
 def tiled(
     x: Tensor,
     parts: tuple[Tensor | None, ...],
@@ -256,35 +283,32 @@ def tiled(
     Args:
         x: contiguous (M, K); for a stack of weights (T, K) with offs, or (E, M, K). parts: the weight's tensors (`parts_of`).
     """
-    qdata = parts[0]
+    qdata, scale, zero_point, scale_scale, scale_zero_point = parts
     assert qdata is not None
     tokens, columns = x.shape[-2:]
-    shape = (*qdata.shape[:-1], columns)
-    p, dtype = plan(scheme, shape), computed_in(x.dtype)
-    tiles = -(-tokens // tiling.bm) * p.stack
+    device, split = x.device, tiling.split
+    fixed = _fixed(scheme, (*qdata.shape[:-1], columns), x.dtype, tiling, device)
+    rows, experts = fixed.plan.rows, fixed.plan.stack
+    tiles = -(-tokens // tiling.bm) * experts
     if offs is not None:  # an expert, or the tokens of none, has one tile that is not full at most
-        tiles = tokens // tiling.bm + min(p.stack + 1, tokens)
-    y = torch.empty((*x.shape[:-1], p.rows), dtype=dtype, device=x.device)
-    split = tiling.split
-    part = y if split == 1 else torch.empty((split, tokens, p.rows), dtype=torch.float32, device=x.device)
+        tiles = tokens // tiling.bm + min(experts + 1, tokens)
+    y = torch.empty((*x.shape[:-1], rows), dtype=fixed.dtype, device=device)
+    part = y if split == 1 else torch.empty((split, tokens, rows), dtype=torch.float32, device=device)
+    tensors = (
+        qdata, x if x.dtype is fixed.dtype else x.to(fixed.dtype), scale, zero_point, scale_scale, scale_zero_point, fixed.table,
+        bias if split == 1 else None, offs, part,
+    )  # fmt: skip
+    bias_dtype = None if bias is None else bias.dtype
     launch(
-        product, (tiles * -(-p.rows // tiling.bn), split),
-        (qdata, x.to(dtype), *parts[1:], table_of(scheme, dtype, x.device), bias if split == 1 else None, offs, part),
-        (tokens, tiles, p.rows, columns, p.row_units, p.scale_columns, p.nest_columns, p.scales, p.nests),
-        {
-            "F": p.numbers, "E": p.stack, "BN": tiling.bn, "BM": tiling.bm, "BK": tiling.bk,
-            "STEPS": -(-columns // (split * tiling.bk)), "LEFT": tiling.weight_left, "EVEN": columns % (split * tiling.bk) == 0,
-            "EXACT": exact_in(scheme, dtype),
-        },
-        key=(scheme, shape, x.dtype, tiling, None if bias is None else bias.dtype), warps=tiling.warps, stages=tiling.stages,
+        product, (tiles * fixed.blocks, split), tensors, (tokens, tiles, *fixed.sizes), fixed.constants,
+        key=(fixed, bias_dtype), warps=tiling.warps, stages=tiling.stages,
     )  # fmt: skip
     if split > 1:
         launch(
-            add_splits, (-(-tokens * p.rows // 1024),), (part, bias, y), (tokens * p.rows, p.rows),
-            {"SPLIT": split, "BLOCK": 1024}, key=(p.rows, split, x.dtype, None if bias is None else bias.dtype),
-            warps=4, stages=1,
+            add_splits, (-(-tokens * rows // 1024),), (part, bias, y), (tokens * rows, rows), {"SPLIT": split, "BLOCK": 1024},
+            key=(fixed, bias_dtype), warps=4, stages=1,
         )  # fmt: skip
-    return y.to(x.dtype)
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 @functools.lru_cache(maxsize=65536)
