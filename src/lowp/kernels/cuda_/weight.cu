@@ -2,7 +2,7 @@
 //
 // A block decodes units of 64 rows, one after another along K, through shared memory, so that rows are written 128 bytes at a time.
 
-constexpr int TILE_PITCH = 72;  // elements
+constexpr int TILE_PITCH = E4M3 ? 80 : 72;  // elements; rows start at multiples of 16 bytes
 
 extern "C" __global__ void __launch_bounds__(128) weight(const __grid_constant__ Params p) {
   __shared__ __align__(16) u16 tile[2][64 * TILE_PITCH];
