@@ -55,6 +55,7 @@ class QTensor(Tensor):
 
     spec: Spec
     transposed: bool
+    is_lazy_view: bool  # the shape shown is not the one that was quantized: kernels then read it through floats
     shared_names: frozenset[str] = frozenset()  # of a view: packed tensors that belong to the rest of the parent too
     _names: tuple[str, ...]
 
@@ -76,6 +77,7 @@ class QTensor(Tensor):
         )
         self.spec = spec
         self.transposed = transposed
+        self.is_lazy_view = shown != (swapped(spec.shape) if transposed else spec.shape)
         self._names = tuple(packed)
         for name, tensor in packed.items():
             setattr(self, name, tensor)
@@ -122,11 +124,6 @@ class QTensor(Tensor):
     def packed(self) -> Packed:
         """The packed tensors by name."""
         return {name: getattr(self, name) for name in self._names}
-
-    @property
-    def is_lazy_view(self) -> bool:
-        """True where the shape shown is not the one that was quantized: kernels then read it through floats."""
-        return tuple(self.shape) != (swapped(self.spec.shape) if self.transposed else self.spec.shape)
 
     @property
     def packed_nbytes(self) -> int:
@@ -243,6 +240,8 @@ def _describe(args: Any) -> str:
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 2:
+        return (max(shape[1], 1) if isinstance(shape[1], int) else shape[1], 1)
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

@@ -210,6 +210,8 @@ def _is_shared(name: str) -> bool:
 )
 def _transpose(func: Any, args: Any, kwargs: Any) -> QTensor:
     x, rank = args[0], args[0].dim()
+    if func is aten.t.default and rank == 2 and not x.is_lazy_view:  # what every linear layer asks
+        return QTensor(x.packed, x.spec, dtype=x.dtype, transposed=not x.transposed)
     order = list(range(rank))
     if func is aten.permute.default:
         order = [dim % rank for dim in args[1]]
@@ -460,7 +462,7 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Tensor:
     x, w, bias = (*args, None)[:3]
     if not isinstance(w, QTensor):
         return func(x.dequantize(), w, bias)
-    if not _is_weight(w.t()) or w.is_lazy_view:
+    if w.transposed or len(w.spec.shape) != 2 or w.is_lazy_view:
         return func(x, w.dequantize(x.dtype), bias)
     return linear(x, w.packed, w.spec, bias)
 
