@@ -133,6 +133,37 @@ def test_streams_and_graphs():
 
 
 @pytest.mark.gpu
+def test_a_weight_that_is_written_to_is_read_anew():
+    """A product may begin before the kernel in front of it has ended, but not while that one writes the weight."""
+    x = torch.randn(2, 4096, device="cuda", dtype=torch.bfloat16)
+    first, second = (weight("int4/1x128*bf16", n=14336, k=4096) for _ in range(2))
+    expected = [linear(x, q.packed, q.spec) for q in (first, second)]
+    held = first.clone()
+    for _ in range(3):
+        for q, y in zip((first, second), expected, strict=True):
+            for _ in range(2):
+                assert torch.equal(linear(x, held.packed, held.spec), linear(x, held.packed, held.spec))
+            held.copy_(q)
+            assert torch.equal(linear(x, held.packed, held.spec), y)
+
+
+@pytest.mark.gpu
+def test_products_that_follow_one_another():
+    """Each reads what the one before it wrote."""
+    q = weight("int4/1x128*bf16", n=4096, k=4096)
+    start = x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
+    for _ in range(50):
+        x = linear(x, q.packed, q.spec) * 0.3
+    y = start
+    for _ in range(50):
+        torch.cuda.synchronize()
+        y = linear(y, q.packed, q.spec)
+        torch.cuda.synchronize()
+        y = y * 0.3
+    assert torch.equal(x, y)
+
+
+@pytest.mark.gpu
 def test_float8_activations_with_many_tokens():
     """int4/1x128@e4m3/row as a float8 product: the meaning is the same, whatever the batch is run by."""
     q = weight("int4/1x128*bf16@e4m3/row", n=256, k=1024)

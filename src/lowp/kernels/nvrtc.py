@@ -148,14 +148,42 @@ class Function:
     threads: int
     shared: int
 
-    def launch(self, grid: tuple[int, int], params: ctypes.Array[ctypes.c_char], stream: int) -> None:
-        """Run it on a stream; `params` holds the bytes of its one argument."""
+    def launch(
+        self, grid: tuple[int, int], params: ctypes.Array[ctypes.c_char], stream: int, early: bool = False
+    ) -> None:
+        """Run it on a stream; `params` holds the bytes of its one argument.
+
+        early: it may begin while the kernel before it still runs. It must then wait (griddepcontrol.wait) before it reads what
+        that one wrote, or writes anything.
+        """
+        config = _CONFIG
+        config.grid_x, config.grid_y, config.threads, config.shared = *grid, self.threads, self.shared
+        config.stream, config.attributes = stream, int(early)
         pointer = ctypes.c_void_p(ctypes.addressof(params))
-        status = _driver().cuLaunchKernel(
-            self.handle, *grid, 1, self.threads, 1, 1, self.shared, ctypes.c_void_p(stream), ctypes.byref(pointer), None
-        )
+        status = _driver().cuLaunchKernelEx(_CONFIG_AT, self.handle, ctypes.byref(pointer), None)
         if status:
             _check(status, f"launch of {grid} blocks of {self.threads} threads")
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("name", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid_x", ctypes.c_uint), ("grid_y", ctypes.c_uint), ("grid_z", ctypes.c_uint),
+        ("threads", ctypes.c_uint), ("threads_y", ctypes.c_uint), ("threads_z", ctypes.c_uint), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attribute", ctypes.POINTER(_Attribute)), ("attributes", ctypes.c_uint),
+    )  # fmt: skip
+
+
+_EARLY = _Attribute(name=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CONFIG = _Config(grid_z=1, threads_y=1, threads_z=1, attribute=ctypes.pointer(_EARLY))
+_CONFIG_AT = ctypes.byref(_CONFIG)
 
 
 def load_function(cubin: bytes, name: str, *, device: int, threads: int, shared: int) -> Function:

@@ -434,6 +434,8 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
             )
     for name, tensor in target.packed.items():
         tensor.copy_(source.packed[name], *args[2:])
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)  # below autograd nothing else counts the write
     return target
 
 

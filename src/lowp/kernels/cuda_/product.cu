@@ -76,6 +76,7 @@ product(const __grid_constant__ Params p) {
   }
   fill_table(table_at, p, THREADS);
   __syncthreads();
+  asm volatile("griddepcontrol.launch_dependents;");  // the next kernel may begin where there is room; it waits before it reads y
 
   const int chunks = p.K / 64, all_stages = chunks / KC;
   const u32 rank = SPLIT > 1 ? cluster_rank() : 0;
@@ -87,32 +88,43 @@ product(const __grid_constant__ Params p) {
   if (warp >= 4 * WGS) {  // the producer
     if constexpr (TRADE) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
     if (warp == 4 * WGS && lane == 0) {
-      int s = 0;
-      u32 phase = 1;
       const bool once = token_tiles == 1;
-      Walk walk(tiles, turns, rank);
+      auto copy_weight = [&](const Tile& tile, int k, int s) {
+        const int n64 = tile.row * MT * WGS, height = min(MT * WGS, n64_all - n64);
+        const u32 at = stages + s * STAGE_BYTES, bar = full + 8 * s;
+        barrier_expect(bar, KC * X_CHUNK + height * (KC * UNIT_BYTES + GROUPS * 64 * (SCALE_BYTES + ZERO_BYTES)));
+        for (int t = 0; t < height; t++) {
+          copy_bytes(at + CODES_AT + t * KC * UNIT_BYTES, p.codes + ((u64)(n64 + t) * chunks + k * KC) * UNIT_BYTES, KC * UNIT_BYTES,
+                     bar, once ? EVICT_FIRST : EVICT_LAST);
+          if constexpr (GROUP > 0) {
+            const u64 first = ((u64)(n64 + t) * groups + (u64)k * KC * 64 / COLUMNS) * 64;
+            copy_bytes(at + SCALES_AT + t * GROUPS * 64 * SCALE_BYTES, p.scale + first * SCALE_BYTES, GROUPS * 64 * SCALE_BYTES, bar,
+                       EVICT_LAST);
+            if constexpr (ZERO > 0)
+              copy_bytes(at + ZEROS_AT + t * GROUPS * 64 * ZERO_BYTES, p.zero + first * ZERO_BYTES, GROUPS * 64 * ZERO_BYTES, bar,
+                         EVICT_LAST);
+          }
+        }
+      };
+      // The weight does not depend on the kernel before: its first stages are asked for while that one still runs.
+      Walk walk(tiles, turns, rank), ahead = walk;
+      int asked = 0;
+      for (Segment segment; asked < STAGES && ahead.next(segment);)
+        for (int k = TURNS * segment.first; k < TURNS * segment.last && asked < STAGES; k++)
+          copy_weight(tile_at(segment.tile, row_tiles, token_tiles), k, asked++);
+      asm volatile("griddepcontrol.wait;" ::: "memory");
+      int s = 0, stage = 0;
+      u32 phase = 1;
       for (Segment segment; walk.next(segment);) {
         const Tile tile = tile_at(segment.tile, row_tiles, token_tiles);
-        const int n64 = tile.row * MT * WGS, height = min(MT * WGS, n64_all - n64);
-        for (int k = TURNS * segment.first; k < TURNS * segment.last; k++) {
-          barrier_wait(empty + 8 * s, phase);
-          const u32 at = stages + s * STAGE_BYTES, bar = full + 8 * s;
-          barrier_expect(bar, KC * X_CHUNK + height * (KC * UNIT_BYTES + GROUPS * 64 * (SCALE_BYTES + ZERO_BYTES)));
-          for (int t = 0; t < height; t++) {
-            copy_bytes(at + CODES_AT + t * KC * UNIT_BYTES, p.codes + ((u64)(n64 + t) * chunks + k * KC) * UNIT_BYTES,
-                       KC * UNIT_BYTES, bar, once ? EVICT_FIRST : EVICT_LAST);
-            if constexpr (GROUP > 0) {
-              const u64 first = ((u64)(n64 + t) * groups + (u64)k * KC * 64 / COLUMNS) * 64;
-              copy_bytes(at + SCALES_AT + t * GROUPS * 64 * SCALE_BYTES, p.scale + first * SCALE_BYTES, GROUPS * 64 * SCALE_BYTES,
-                         bar, EVICT_LAST);
-              if constexpr (ZERO > 0)
-                copy_bytes(at + ZEROS_AT + t * GROUPS * 64 * ZERO_BYTES, p.zero + first * ZERO_BYTES, GROUPS * 64 * ZERO_BYTES,
-                           bar, EVICT_LAST);
-            }
+        for (int k = TURNS * segment.first; k < TURNS * segment.last; k++, stage++) {
+          if (stage >= asked) {
+            barrier_wait(empty + 8 * s, phase);
+            copy_weight(tile, k, s);
           }
 #pragma unroll
           for (int c = 0; c < KC; c++)
-            copy_tile(at + c * X_CHUNK, p.x_map, (k * KC + c) * 64, tile.token * BM, bar, EVICT_LAST);
+            copy_tile(stages + s * STAGE_BYTES + c * X_CHUNK, p.x_map, (k * KC + c) * 64, tile.token * BM, full + 8 * s, EVICT_LAST);
           if (++s == STAGES) { s = 0; phase ^= 1; }
         }
       }
