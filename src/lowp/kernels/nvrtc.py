@@ -20,6 +20,7 @@ import glob
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from ..errors import KernelError
 from ..ops.tuned import cache_folder
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _BFLOAT16, _FLOAT16 = 9, 6  # CU_TENSOR_MAP_DATA_TYPE_*
 _SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
 
@@ -156,11 +158,15 @@ class Function:
         early: it may begin while the kernel before it still runs. It must then wait (griddepcontrol.wait) before it reads what
         that one wrote, or writes anything.
         """
-        config = _CONFIG
+        config = _LOCAL.config
         config.grid_x, config.grid_y, config.threads, config.shared = *grid, self.threads, self.shared
         config.stream, config.attributes = stream, int(early)
         pointer = ctypes.c_void_p(ctypes.addressof(params))
-        status = _driver().cuLaunchKernelEx(_CONFIG_AT, self.handle, ctypes.byref(pointer), None)
+        arguments = _LOCAL.config_at, self.handle, ctypes.byref(pointer), None
+        status = _driver().cuLaunchKernelEx(*arguments)
+        if status == _NO_CONTEXT:  # the first call on a thread: torch makes its context current
+            torch.cuda.synchronize()
+            status = _driver().cuLaunchKernelEx(*arguments)
         if status:
             _check(status, f"launch of {grid} blocks of {self.threads} threads")
 
@@ -181,9 +187,16 @@ class _Config(ctypes.Structure):
     )  # fmt: skip
 
 
-_EARLY = _Attribute(name=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_CONFIG = _Config(grid_z=1, threads_y=1, threads_z=1, attribute=ctypes.pointer(_EARLY))
-_CONFIG_AT = ctypes.byref(_CONFIG)
+class _Local(threading.local):
+    """What a launch is told, for each thread its own."""
+
+    def __init__(self) -> None:
+        early = _Attribute(name=6, value=(1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        self.config = _Config(grid_z=1, threads_y=1, threads_z=1, attribute=ctypes.pointer(early))
+        self.config_at = ctypes.byref(self.config)
+
+
+_LOCAL = _Local()
 
 
 def load_function(cubin: bytes, name: str, *, device: int, threads: int, shared: int) -> Function:
@@ -202,7 +215,7 @@ def load_function(cubin: bytes, name: str, *, device: int, threads: int, shared:
 
 
 def tensor_map(x_MK: torch.Tensor, rows: int, columns: int) -> bytes:
-    """A CUtensorMap (128 bytes) of a row-major 16-bit matrix for boxes of rows x columns, swizzled by 128 bytes.
+    """A CUtensorMap (128 bytes) of a contiguous 16-bit matrix for boxes of rows x columns, swizzled by 128 bytes.
 
     What lies outside of the matrix reads as zero. The address, and the bytes of a row, must be multiples of 16.
     """
@@ -210,7 +223,7 @@ def tensor_map(x_MK: torch.Tensor, rows: int, columns: int) -> bytes:
     at = -ctypes.addressof(buffer) % 64
     kind = _BFLOAT16 if x_MK.dtype == torch.bfloat16 else _FLOAT16
     sizes = (ctypes.c_uint64 * 2)(x_MK.shape[1], x_MK.shape[0])
-    strides = (ctypes.c_uint64 * 1)(x_MK.stride(0) * 2)
+    strides = (ctypes.c_uint64 * 1)(x_MK.shape[1] * 2)  # a single row may say any stride
     box, steps = (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(buffer) + at), kind, 2, ctypes.c_void_p(x_MK.data_ptr()), sizes, strides, box, steps,

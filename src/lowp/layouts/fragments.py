@@ -137,7 +137,7 @@ def _pack(parts: Parts, spec: Spec) -> Packed:
     packed = parts.tensors() | {"qdata": _pack_codes(fmt.element.to_codes(parts.qdata), fmt.element)}
     if by_group(fmt):
         packed |= {name: _group_scales(packed[name]) for name in ("scale", "zero_point") if name in packed}
-    return packed
+    return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
 def _unpack(packed: Packed, spec: Spec) -> Parts:

@@ -93,7 +93,7 @@ def _kernel(op: str, x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale
         return pick(case_of_cast(op, x, fmt, act_scale, pre_scale))
     key = (op, id(fmt), x.dtype, x.device, x.shape[-1], act_scale is None, pre_scale is None)
     found = _KERNELS.get(key)
-    if found is None:
+    if found is None or found[0].fallback:  # a fallback is picked anew: strict mode may have begun
         found = _KERNELS[key] = pick(case_of_cast(op, x, fmt, act_scale, pre_scale)), fmt
     return found[0]
 

@@ -17,6 +17,8 @@ import dataclasses
 import functools
 import math
 import struct
+import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import KernelError
 from ...layouts import LAYOUTS, Spec
 from ...layouts.base import Packed
 from ...layouts.fragments import UNIT, by_group, planes
@@ -41,6 +44,7 @@ _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
 _PARAMS = struct.Struct("128s10Q5i")  # as `Params` in fragments.cu
 _TENSORS = ("scale", "zero_point", "scale_scale", "scale_zero_point")
+_TILING_FIELDS = {field.name for field in dataclasses.fields(Tiling)}
 _FOLDER = Path(__file__).parent
 
 
@@ -114,24 +118,26 @@ def compile_decoder(numbers: dict[str, int], e4m3: bool) -> bytes:
     return _compile("weight", numbers | sizes)
 
 
+Numbers = tuple[tuple[str, int], ...]
+
+
 @functools.cache
-def _product(tiling: Tiling, scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: int) -> nvrtc.Function:
-    numbers = _numbers(scheme, shape, dtype)
+def _product(tiling: Tiling, numbers: Numbers, device: int) -> nvrtc.Function:
+    told = dict(numbers)
     return nvrtc.load_function(
-        compile_product(tiling, numbers),
+        compile_product(tiling, told),
         "product",
         device=device,
         threads=tiling.threads,
-        shared=shared_bytes(tiling, numbers),
+        shared=shared_bytes(tiling, told),
     )
 
 
 @functools.cache
-def _decoder(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, e4m3: bool, device: int) -> nvrtc.Function:
-    numbers = _numbers(scheme, shape, torch.float16 if e4m3 else dtype)
-    if e4m3:
-        numbers = numbers | {"GROUP": 0}
-    return nvrtc.load_function(compile_decoder(numbers, e4m3), "weight", device=device, threads=128, shared=0)
+def _decoder(numbers: Numbers, e4m3: bool, device: int) -> nvrtc.Function:
+    told = dict(numbers) | ({"GROUP": 0, "F16": 1} if e4m3 else {})
+    table = 32768 if told["KIND"] == 2 else 0
+    return nvrtc.load_function(compile_decoder(told, e4m3), "weight", device=device, threads=128, shared=table)
 
 
 @functools.cache
@@ -158,6 +164,7 @@ class _Weight:
     """What all weights of one scheme, shape, dtype and device have in common, and the plans made so far."""
 
     numbers: dict[str, int]
+    key: Numbers
     table: int
     stride: int
     nest: int
@@ -170,9 +177,10 @@ class _Weight:
 @functools.cache
 def _weight(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Weight:
     parsed = Scheme.parse(scheme)
-    fmt = parsed.weight
+    fmt, numbers = parsed.weight, _numbers(scheme, shape, dtype)
     return _Weight(
-        numbers=_numbers(scheme, shape, dtype),
+        numbers=numbers,
+        key=tuple(numbers.items()),
         table=_table(scheme, dtype, device).data_ptr() if fmt.element.kind == "codebook" else 0,
         stride=0 if fmt.block == "tensor" else 1,
         nest=math.prod(fmt.nested.block_dims(fmt.scale_shape(shape))) if fmt.nested else 1,
@@ -199,15 +207,29 @@ def _fill(
 ) -> None:
     """Write the one argument of a kernel, `Params` in fragments.cu."""
     tensors = (packed["qdata"], *(packed.get(name) for name in _TENSORS), bias)
+    for name, address in zip(("qdata", "scale", "zero_point"), map(_address, tensors), strict=False):
+        if address & 15:  # bulk copies start at multiples of 16 bytes
+            raise KernelError(
+                f"the mixed product wants {name} at a multiple of 16 bytes, got {address}: clone() the weight."
+            )
     _PARAMS.pack_into(
-        _ARGUMENTS, 0, x_map, *map(_address, tensors), weight.table,
+        _LOCAL.arguments, 0, x_map, *map(_address, tensors), weight.table,
         *map(_address, (out, partial, left)), *sizes, weight.stride, weight.nest,
     )  # fmt: skip
 
 
 _MAPS: dict[tuple[int, int, int, int], bytes] = {}  # tensor maps by address and size
-_BUFFER = ctypes.create_string_buffer(256 + 64)
-_ARGUMENTS = (ctypes.c_char * 256).from_buffer(_BUFFER, -ctypes.addressof(_BUFFER) % 64)
+
+
+class _Local(threading.local):
+    """What a launch is written into, for each thread its own."""
+
+    def __init__(self) -> None:
+        buffer = ctypes.create_string_buffer(256 + 64)
+        self.arguments = (ctypes.c_char * 256).from_buffer(buffer, -ctypes.addressof(buffer) % 64)
+
+
+_LOCAL = _Local()
 
 
 def _map_of(x_MK: Tensor, bm: int) -> bytes:
@@ -225,7 +247,7 @@ def product(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, tilin
     tokens, columns = x_MK.shape
     rows, device = spec.shape[0], x_MK.device
     weight = _weight(spec.scheme, spec.shape, x_MK.dtype, device)
-    function = _product(tiling, spec.scheme, spec.shape, x_MK.dtype, device.index)
+    function = _product(tiling, weight.key, device.index)
     y_MN = torch.empty((tokens, rows), dtype=x_MK.dtype, device=device)
     grid = tiling.grid(tokens, rows, columns, weight.processors)
     partial = left = None
@@ -233,19 +255,29 @@ def product(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, tilin
         partial = torch.empty((grid, tiling.rows * tiling.bm), dtype=torch.float32, device=device)
         left = torch.zeros((grid, tiling.wgs), dtype=torch.int32, device=device)
     _fill(_map_of(x_MK, tiling.bm), packed, weight, bias, y_MN, partial, left, (tokens, rows, columns))
-    early = _unchanged(packed["qdata"])
-    function.launch((grid, 1), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index), early)
+    early = _unchanged(packed, x_MK.dtype)
+    function.launch((grid, 1), _LOCAL.arguments, torch._C._cuda_getCurrentRawStream(device.index), early)
     return y_MN
 
 
-def _unchanged(qdata: Tensor) -> bool:
-    """Whether a product read these very codes before, so that no kernel still at work can be writing them: then the next one may
-    begin early. What it is told by is kept on the tensor itself, and dies with it."""
+_READ: dict[
+    int, tuple[weakref.ref[Tensor], Any]
+] = {}  # codes that a product has read, by identity, and what they were then
+
+
+def _unchanged(packed: Packed, dtype: torch.dtype) -> bool:
+    """Whether a product has read these very codes and scales before: then no kernel still at work is writing them, and the next
+    product may begin while that one ends. Writes that torch does not count (`.data`, another library's) must be waited for."""
+    qdata = packed["qdata"]
     if qdata.is_inference():  # it counts no writes
         return False
-    if getattr(qdata, "_lowp_read", None) == qdata._version:
+    now = (dtype, *(packed[name]._version for name in ("qdata", "scale", "zero_point") if name in packed))
+    key = id(qdata)
+    found = _READ.get(key)
+    if found is not None and found[1] == now and found[0]() is qdata:
         return True
-    qdata._lowp_read = qdata._version  # type: ignore[attr-defined]
+    if not torch.cuda.is_current_stream_capturing():  # what is captured was not read yet
+        _READ[key] = weakref.ref(qdata, lambda _: _READ.pop(key, None)), now
     return False
 
 
@@ -254,35 +286,31 @@ def decode(packed: Packed, spec: Spec, dtype: torch.dtype, e4m3: bool = False) -
     rows, columns = spec.shape
     device = packed["qdata"].device
     weight = _weight(spec.scheme, spec.shape, dtype, device)
-    function = _decoder(spec.scheme, spec.shape, dtype, e4m3, device.index)
+    function = _decoder(weight.key, e4m3, device.index)
     w_NK = torch.empty((rows, columns), dtype=torch.float8_e4m3fn if e4m3 else dtype, device=device)
     tiles = -(-rows // UNIT)
     pieces = min(columns // UNIT, max(1, -(-weight.processors * 16 // tiles)))
     _fill(bytes(128), packed, weight, None, w_NK, None, None, (0, rows, columns))
-    function.launch((tiles, pieces), _ARGUMENTS, torch._C._cuda_getCurrentRawStream(device.index))
+    function.launch((tiles, pieces), _LOCAL.arguments, torch._C._cuda_getCurrentRawStream(device.index))
     return w_NK
 
 
 def _plan(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> _Plan:
     """What a batch runs by; kept, until other choices were measured."""
-    key, table = tokens, tuned.table()
-    plan = weight.plans.get(key)
-    if plan is None or plan.table is not table:
+    plan = weight.plans.get(tokens)
+    if plan is None or plan.table is not tuned.table():
         if len(weight.plans) > 4096:
             weight.plans.clear()
-        plan = weight.plans[key] = _new_plan(weight, spec, dtype, tokens)
+        plan = weight.plans[tokens] = _new_plan(weight, spec, dtype, tokens)
     return plan
 
 
 def _new_plan(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> _Plan:
     shape = (spec.shape[0], spec.shape[1])
     measured = tuned.choice("mixed", tuned.key_of(spec.scheme, dtype, spec.shape, tokens))
-    if measured is not None:
-        return _Plan(
-            tiling=None if "how" in measured else Tiling(**measured),
-            float8=measured.get("how") == "float8",
-            table=tuned.table(),
-        )
+    if measured is not None and set(measured) in ({"how"}, _TILING_FIELDS):  # else it was measured with other knobs
+        tiling = None if "how" in measured else Tiling(**measured)
+        return _Plan(tiling=tiling, float8=measured.get("how") == "float8", table=tuned.table())
     float8 = weight.float8 and tokens >= _FLOAT8_FROM
     tiling = None if float8 else choose(tokens, *shape, weight.numbers, weight.processors)
     return _Plan(tiling=tiling, float8=float8, table=tuned.table())
@@ -337,25 +365,28 @@ def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Te
     tokens, dtype = x_MK.shape[0], x_MK.dtype
     if tokens == 0:
         return x_MK.new_empty((0, spec.shape[0]))
-    weight = _weight(spec.scheme, spec.shape, dtype, x_MK.device)
-    plan = _plan(weight, spec, dtype, tokens)
-    if plan.float8:
-        return _float8(x_MK, packed, spec, bias, weight)
-    if weight.act is not None:
-        x_MK = fake_cast(x_MK, weight.act, packed.get("act_scale"), packed.get("act_pre_scale"))
-    elif "act_pre_scale" in packed:
-        x_MK = prescale(x_MK, packed)
-    if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
-        bias = bias.to(dtype).contiguous()
-    if not x_MK.is_contiguous() or x_MK.data_ptr() % 16:
-        x_MK = x_MK.clone(memory_format=torch.contiguous_format)
-    with (
-        torch.cuda.device(x_MK.device) if x_MK.device.index != torch.cuda.current_device() else contextlib.nullcontext()
-    ):
-        tiling = plan.tiling
-        if tiling is None:
+    device = x_MK.device
+    for name, tensor in (("a weight", packed["qdata"]), ("a bias", bias)):
+        if tensor is not None and tensor.device != device:
+            raise KernelError(
+                f"linear wants {name} on {device}, where x is, got one on {tensor.device}: move it with .to()."
+            )
+    with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
+        weight = _weight(spec.scheme, spec.shape, dtype, device)
+        plan = _plan(weight, spec, dtype, tokens)
+        if plan.float8:
+            return _float8(x_MK, packed, spec, bias, weight)
+        if weight.act is not None:
+            x_MK = fake_cast(x_MK, weight.act, packed.get("act_scale"), packed.get("act_pre_scale"))
+        elif "act_pre_scale" in packed:
+            x_MK = prescale(x_MK, packed)
+        if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
+            bias = bias.to(dtype).contiguous()
+        if not x_MK.is_contiguous() or x_MK.data_ptr() % 16:
+            x_MK = x_MK.clone(memory_format=torch.contiguous_format)
+        if plan.tiling is None:
             return F.linear(x_MK, decode(packed, spec, dtype), bias)
-        return product(x_MK, packed, spec, bias, tiling)
+        return product(x_MK, packed, spec, bias, plan.tiling)
 
 
 _OPS = torch.library.Library("lowp", "FRAGMENT")
@@ -392,9 +423,18 @@ def _why_not_scheme(scheme: Scheme) -> str:
         return f"wants scales of rows that are floats, and no zero point beside them, got {weight}"
     if act is not None and weight.element.bits == 8 and not by_group(weight) and act.block in ("row", "tensor"):
         return f"wants weights below 8 bits or with scales of groups where activations are quantized too, got {scheme}"
+    if weight.nested and not _reads_nested(weight.nested):
+        return f"wants scales that are floats, e4m3/tensor, or signed integers in blocks of one row, got {weight}"
     if weight.zero_point and weight.zero_point not in _ZEROS:
         return f"wants a zero point in {', '.join(_ZEROS)}, got {weight}"
     return ""
+
+
+def _reads_nested(nested: Format) -> bool:
+    """Whether fragments.cu reads a scale that is itself quantized so: SCALE 4 or 5 there."""
+    if nested.element.kind == "float":
+        return nested.element.name == "e4m3" and nested.block == "tensor"
+    return bool(nested.zero_point) and nested.element.name == "int8" and not nested.block.partition("x")[0].strip("1")
 
 
 def _why_not(case: Case) -> str:

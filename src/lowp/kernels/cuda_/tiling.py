@@ -164,8 +164,9 @@ def estimate_us(tiling: Tiling, tokens: int, rows: int, columns: int, processors
     tiles = -(-rows // tiling.rows) * -(-tokens // bm)
     wide = tiling.mt * tiling.wgs / (1 if bm == 64 else 2)  # rows of a block, in those of the fitted one
     chunk, end = _CHUNK[bm] * wide, _END[bm] * wide
-    if tiling.stream:
-        return _START + 1.02 * tiles / processors * (chunks * chunk + end) + _STREAM[bm]
+    if tiling.stream:  # its blocks read different columns at a time: what they share must stay in the L2 cache
+        shared = 1.02 if 2 * tokens * columns < 80e6 else 1.3
+        return _START + shared * tiles / processors * (chunks * chunk + end) + _STREAM[bm]
     blocks = tiles * tiling.split / processors
     rounds = max(1.0, blocks) if bm == 64 else math.ceil(blocks)
     add = _ADD[bm] * (1 + _ADD_BLOCK * tiling.split) if tiling.split > 1 else 0.0

@@ -6,7 +6,7 @@ constexpr int TILE_PITCH = E4M3 ? 80 : 72;  // elements; rows start at multiples
 
 extern "C" __global__ void __launch_bounds__(128) weight(const __grid_constant__ Params p) {
   __shared__ __align__(16) u16 tile[2][64 * TILE_PITCH];
-  __shared__ __align__(16) u32 pairs[KIND == 2 ? 8192 : 1];
+  extern __shared__ __align__(16) u32 pairs[];  // KIND 2: the table of pairs
   const int lane128 = threadIdx.x, lane = lane128 % 32, row = 16 * (lane128 / 32) + lane / 4;
   if constexpr (KIND == 2) {
     fill_table(shared_address(pairs), p, 128);

@@ -505,6 +505,7 @@ def cast_tensors(
     device, rows = x_MK.device, rows or tokens
     if x_MK.stride(1) != 1 or (tokens > 1 and x_MK.stride(0) % 16) or (plan.needs_amax and not x_MK.is_contiguous()):
         x_MK = x_MK.contiguous()
+    pre_scale = None if pre_scale is None else pre_scale.contiguous()
     parts, count = _amax(x_MK, plan, pre_scale, mode) if plan.needs_amax and act_scale is None else (None, 0)
     codes = torch.empty(rows, columns, dtype=plan.code_dtype if mode == CODES else out_dtype, device=device)
     scale = zero = outer = None

@@ -390,6 +390,7 @@ def decode(packed: Packed, spec: Spec, dtype: torch.dtype, ids: Tensor | None = 
     Returns:
         (..., N, K), or (*ids.shape, K), in `dtype`.
     """
+    ids = None if ids is None else ids.contiguous()
     return torch.ops.lowp.decode(*parts_of(packed), ids, spec.scheme, spec.shape[-1], dtype)
 
 

@@ -388,6 +388,9 @@ def _run_linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -
 
 
 def _run_grouped(x: Tensor, packed: Packed, spec: Spec, offs: Tensor | None) -> Tensor:
+    if offs is None and x.shape[0] != spec.shape[0]:
+        x = x.expand(spec.shape[0], -1, -1)
+    offs = None if offs is None else offs.contiguous()
     return torch.ops.lowp.w16_grouped(_input(x, packed, spec), *parts_of(packed), offs, spec.scheme)
 
 

@@ -218,8 +218,11 @@ def by_torch(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: to
 @functools.lru_cache(maxsize=65536)
 def tiling(tokens: int, rows: int, columns: int, sm: int, kind: str) -> Tiling:
     """Triton's tiling, by rule: few tokens, much of the weight in flight; many tokens, large tiles."""
-    if tokens <= 64:
-        bm = max(16, triton.next_power_of_2(tokens))
+    few = (
+        sm >= 90 and tokens <= 512 and -(-tokens // 128) * -(-rows // 128) < 128
+    )  # large tiles would leave processors idle
+    if tokens <= 64 or few:
+        bm = min(64, max(16, triton.next_power_of_2(tokens)))
         narrow = kind == "blocks" or bm == 64  # two programs fit a processor
         made = Tiling(bm=bm, bn=64, bk=128 if narrow else 256, stages=6 if narrow else 4)
     elif sm < 90 or kind == "blocks" or tokens <= 256:
@@ -458,7 +461,7 @@ def _why_not(case: Case) -> str:
     wanted = 80 if weight.element.name == "int8" else 89
     if case.sm < wanted:
         return f"wants sm{wanted} for products of {weight.element.name}, got sm{case.sm}"
-    if len(case.shape) != 2 or any(size % 16 for size in case.shape):
+    if len(case.shape) != 2 or any(size % 16 or not size for size in case.shape):
         return f"wants a matrix with N and K in multiples of 16, got {case.shape}"
     dtypes = ("bfloat16", "float16", "float32") if weight.element.name == "int8" else ("bfloat16", "float16")
     if case.dtype not in dtypes:  # the tensor cores sum float8 products in fewer bits than float32 has
