@@ -46,9 +46,10 @@ from lowp.report.results import append, device_name, row
 RESULTS = Path(__file__).parent / "results" / "inference_gpu.csv"
 SCHEMES = "int4,int8,fp8-dynamic,mxfp4,nvfp4"
 TINY = Decoder(hidden=256, intermediate=512, layers=2, heads=4, kv_heads=2, head_dim=64, vocabulary=512)
-# bf16 keeps 8 bits, so two orders of rounding part by some 2**-8 in each layer, and by sqrt(32) times that after 32; an
-# activation that is rounded to 8 bits again parts further. A wrong layer is off by about 1.
-TOLERANCE = 0.15
+# bf16 keeps 8 bits, so two orders of rounding part by some 2**-8 in each layer, and by sqrt(32) times that after 32. Where the
+# activation is quantized too, a number that falls to the other side of a tie moves by a whole step, 2**-4 in float8: 0.25 was
+# seen. A wrong layer is off by about 1.
+TOLERANCE, TOLERANCE_QUANTIZED_INPUT = 0.15, 0.4
 
 
 # -- the model --------------------------------------------------------------------------------------------------------
@@ -361,8 +362,9 @@ def main(words: Sequence[str] | None = None) -> int:
                 torch.cuda.empty_cache()
         spent = f"quantized in {ready:.1f} s, measured in {time.perf_counter() - start - ready:.1f} s"
         print(f"{scheme}: {got.decode_ms:.3f} ms a token, prefill {got.prefill_ms:.2f} ms; {spent}", flush=True)
-        if not got.error <= TOLERANCE:
-            wrong.append(f"{scheme}: its logits are off by {got.error:.2e}, at most {TOLERANCE} is wanted: no row.")
+        most = TOLERANCE_QUANTIZED_INPUT if "@" in scheme else TOLERANCE
+        if not got.error <= most:
+            wrong.append(f"{scheme}: its logits are off by {got.error:.2e}, at most {most} is wanted: no row.")
             print(wrong[-1], flush=True)
             continue
         found.append((scheme, head, got))

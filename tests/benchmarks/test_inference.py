@@ -103,7 +103,8 @@ def test_one_compiled_graph_serves_all_layers(inference):
     assert counter.frame_count == 1
 
 
-def test_rows_hold_the_ratio_to_bf16_of_the_same_run(inference, tmp_path, capsys):
+def test_rows_hold_the_ratio_to_bf16_of_the_same_run(inference, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")  # a table as wide as it wants to be
     out = tmp_path / "rows.csv"
     assert inference.main([*TINY, "--eager", "--schemes", "int8,fp8-dynamic", "--csv", str(out)]) == 0
     rows = list(csv.DictReader(out.open()))
