@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowp.layouts import LAYOUTS
 from lowp.numerics import ELEMENTS, RULES, Scheme, known_formats
-from lowp.ops import kernels_of
+from lowp.ops import Case, kernels_of
 from lowp.quantize import METHODS
 
 HERE = Path(__file__).parent
@@ -104,12 +104,24 @@ def kernels_page() -> str:
             table(("kernel", "rank", "layout", "fallback", "meant for", "what it is"), rows),
         ]
     parts += [
+        "## Native and emulated on Hopper",
+        "Schemes that quantize the activation too, in bf16 on sm90: the first kernel meant for each, and what it multiplies.",
+        table(("scheme", "kernel", "how"), _on_hopper()),
         "## Layouts",
         table(
             ("layout", "device", "what it is"), [(f"`{x.name}`", x.device or "any", x.about) for x in LAYOUTS.values()]
         ),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _on_hopper() -> list[tuple[str, ...]]:
+    rows = []
+    for scheme in (known.spelling for known in known_formats() if "@" in known.spelling):
+        kernel = next(k for k in kernels_of("linear") if k.how and (scheme in k.cases or not k.cases))
+        case = Case(op="linear", scheme=scheme, layout=kernel.layout, device="cuda", sm=90, shape=SHAPE)
+        rows.append((f"`{scheme}`", f"`{kernel.name}`", kernel.how(case)))
+    return rows
 
 
 PAGES = {"formats.md": formats_page, "kernels.md": kernels_page}

@@ -20,13 +20,16 @@ def test_json_is_what_the_table_of_kernels_says(lowp):
     import torch
 
     verdicts = explain("linear", "fp8_dynamic", shape=(64, 128), dtype=torch.float16)
-    assert [(row["kernel"], row["why_not"]) for row in rows] == [(v.kernel.name, v.why_not) for v in verdicts]
+    assert [(row["kernel"], row["why_not"], row["how"]) for row in rows] == [
+        (v.kernel.name, v.why_not, v.how) for v in verdicts
+    ]
+    assert all(row["can_run"] == bool(row["how"]) for row in rows)
 
 
 def test_the_table_marks_what_runs(lowp):
     shown = lowp("explain", "linear", "int8").out
     marked = [line for line in shown.splitlines() if line.startswith("│ *")]
-    assert len(marked) == 1 and "can run" in marked[0]
+    assert len(marked) == 1 and "can run; int8 decoded to fp32 in registers" in marked[0]
     assert all(kernel.name in shown for kernel in kernels_of("linear"))
 
 

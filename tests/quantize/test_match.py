@@ -1,11 +1,15 @@
 """Rules, targets and the plan: the first match wins, what matches nothing is an error, the plan changes nothing."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
 
 import lowp
 from lowp.errors import MisfitError, QuantizedError, SpellingError
+from lowp.numerics.compare import relative_error
+from lowp.ops import Case, best_layout
 from lowp.quantize.match import targets
 
 
@@ -133,3 +137,51 @@ def test_quantizing_twice_is_an_error():
     with pytest.raises(QuantizedError, match=r"layers\.0\.up\.weight is quantized already"):
         lowp.quantize_(model, "int8")
     lowp.quantize_(model, {"layers.0.*": None, "layers.1.*": "int8"})
+
+
+class GroupedExperts(nn.Module):
+    """As transformers has them: weights (E, N, K), tokens sorted by expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(4, 64, 128) * 0.05)
+        self.down_proj = nn.Parameter(torch.randn(4, 128, 64) * 0.05)
+
+    def forward(self, x_TK, offs):
+        up = torch._grouped_mm(x_TK, self.up_proj.transpose(-2, -1), offs=offs)
+        return torch._grouped_mm(up.relu(), self.down_proj.transpose(-2, -1), offs=offs)
+
+
+class BatchedExperts(GroupedExperts):
+    """As many tokens for each expert."""
+
+    def forward(self, x_TK, offs):
+        x_EMK = x_TK.view(4, -1, 128)
+        return torch.bmm(torch.bmm(x_EMK, self.up_proj.mT).relu(), self.down_proj.mT).view(x_TK.shape)
+
+
+@pytest.mark.parametrize(("kind", "op"), [(GroupedExperts, "grouped"), (BatchedExperts, "matmul")])
+@pytest.mark.parametrize("scheme", ["int8", "int4/1x32*bf16", "mxfp4"])
+def test_experts_are_planned_for_the_kernels_that_run_them(monkeypatch, kind, op, scheme):
+    model, ran = kind().bfloat16(), []
+    module = importlib.import_module(f"lowp.ops.{op}")
+    chooser = "pick" if op == "grouped" else "picked"
+    choose = getattr(module, chooser)
+    monkeypatch.setattr(module, chooser, lambda *args: ran.append(choose(*args)) or ran[-1])
+    report = lowp.quantize_(model, scheme)
+    x_TK, offs = torch.randn(8, 128).bfloat16(), torch.arange(2, 9, 2, dtype=torch.int32)
+    with torch.no_grad():
+        y = model(x_TK, offs)
+        expected = lowp.dequantize_(model)(x_TK, offs)
+    assert relative_error(expected, y) < 0.02
+    assert [(kernel.op, kernel.name) for kernel in ran] == [(op, row.kernel) for row in report.rows]
+    assert all(f"{op} by {kernel.name}" in row.why for kernel, row in zip(ran, report.rows, strict=True))
+
+
+def test_experts_on_a_gpu_are_planned_for_both_products(monkeypatch):
+    monkeypatch.setattr("lowp.quantize.match.device_capability", lambda device, index: 90)
+    for row in lowp.plan(GroupedExperts().bfloat16(), "int4/1x64*bf16", device="cuda").rows:
+        case = Case(op="grouped", scheme=row.scheme, device="cuda", sm=90, shape=row.shape)
+        layout, kernels, why = best_layout(("grouped", "matmul"), case)
+        assert (row.layout, row.kernel) == (layout, "+".join(dict.fromkeys(kernel.name for kernel in kernels)))
+        assert why in row.why and [kernel.op for kernel in kernels] == ["grouped", "matmul"]

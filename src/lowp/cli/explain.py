@@ -2,8 +2,9 @@
 
     lowp explain linear int4/1x128 --device cuda --dtype bf16 --shape 4096x4096
 
-prints every kernel of the op in the order in which they are tried, with "can run" or one sentence why not, and marks the one
-that is picked. Without arguments it lists what there is to ask about: ops, presets, formats.
+prints every kernel of the op in the order in which they are tried, with "can run" and how (what is native to the device, what is
+emulated) or one sentence why not, and marks the one that is picked. Without arguments it lists what there is to ask about: ops,
+presets, formats.
 """
 
 from __future__ import annotations
@@ -62,11 +63,9 @@ def explain(
         right=("rank",),
     )
     for verdict in rows:
-        kernel, answer = verdict.kernel, verdict.why_not or "can run"
-        note = " (fallback: correct, not fast)" if kernel.fallback and not verdict.why_not else ""
-        made.add_row(
-            "*" if verdict.chosen else "", kernel.name, str(kernel.rank), kernel.layout or "any", answer + note
-        )
+        kernel, can = verdict.kernel, "can run (fallback: correct, not fast)" if verdict.kernel.fallback else "can run"
+        answer = verdict.why_not or (f"{can}; {verdict.how}" if verdict.how else can)
+        made.add_row("*" if verdict.chosen else "", kernel.name, str(kernel.rank), kernel.layout or "any", answer)
     show(made, "* runs: the first that can, in order of rank")
 
 
@@ -92,6 +91,7 @@ def _record(verdict: Any) -> dict[str, Any]:
         "layout": kernel.layout or "any",
         "can_run": not verdict.why_not,
         "why_not": verdict.why_not,
+        "how": verdict.how,
         "chosen": verdict.chosen,
         "fallback": kernel.fallback,
         "about": kernel.about,

@@ -66,6 +66,11 @@ class Layout:
         unpack: the inverse, bit for bit.
         why_not: format, shape and device type -> "" or one sentence why this layout cannot hold it.
         device: the device type that it is bound to, "" for any.
+        cut: packed, spec, axis, start, stop -> views of the packed tensors that hold the elements [start, stop) along an axis of
+            the quantized shape, a tensor that serves all of them being itself; a MisfitError says what would fit. None where
+            only the whole can be read. A layout with a cut keeps the axes before the matrix as the first of each tensor, and
+            after them the rows, or units of them.
+        unit: rows that no cut parts.
     """
 
     name: str
@@ -74,3 +79,5 @@ class Layout:
     unpack: Callable[[Packed, Spec], Parts]
     why_not: Callable[[Format, tuple[int, ...], str], str]
     device: str = ""
+    cut: Callable[[Packed, Spec, int, int, int], Packed] | None = None
+    unit: int = 1

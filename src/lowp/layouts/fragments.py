@@ -15,7 +15,7 @@ word of a plane of w bits holds 16 / w pairs: pair i has its first code at bit w
 mask brings both to the two halves of a register, where a magic number makes floats of them. For a codebook of 4 bits the two
 codes of a pair share a byte instead: together they are an index into a table of pairs.
 
-A slice of whole units of 64 rows is a slice of each tensor.
+A slice of whole units of 64 rows is a slice of each tensor, and so is a slice of the axes before the matrix (experts).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..errors import MisfitError
 from ..numerics import Format, Parts
 from ..numerics.element import Element
 from .base import Layout, Packed, Spec
+from .plain import cut_part
 
 UNIT = 64  # rows and columns
 _LANES = 128  # of a warpgroup
@@ -150,6 +151,23 @@ def _unpack(packed: Packed, spec: Spec) -> Parts:
     )
 
 
+def _cut(packed: Packed, spec: Spec, axis: int, start: int, stop: int) -> Packed:
+    rows, axis = spec.shape[-2], axis % len(spec.shape) - len(spec.shape)
+    if axis == -1 or (axis == -2 and (start % UNIT or (stop % UNIT and stop != rows))):
+        raise MisfitError(
+            f"a cut [{start}:{stop}] of axis {axis} of {spec.scheme} {spec.shape} splits units of {UNIT} rows, whole along K, "
+            f"in the layout fragments: cut axis -2 at multiples of {UNIT}, or call .to_layout('plain') first."
+        )
+    tiled = {"qdata", "scale", "zero_point"} if by_group(spec.weight) else {"qdata"}
+    units = (start, stop) if axis < -2 else (start // UNIT, -(-stop // UNIT))
+    return {
+        name: tensor.narrow(axis - 1, units[0], units[1] - units[0])  # one axis more: rows are units and rows of a unit
+        if name in tiled
+        else cut_part(name, tensor, spec, axis, start, stop)
+        for name, tensor in packed.items()
+    }
+
+
 def _why_not(fmt: Format, shape: tuple[int, ...], device: str) -> str:
     if fmt.is_identity:
         return f"wants codes of at most 8 bits, got {fmt}"
@@ -175,5 +193,7 @@ LAYOUTS = (
         pack=_pack,
         unpack=_unpack,
         why_not=_why_not,
+        cut=_cut,
+        unit=UNIT,
     ),
 )

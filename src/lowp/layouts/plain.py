@@ -3,7 +3,7 @@
     qdata     elements below 8 bits: uint8 (..., N, ceil(K * bits / 8)), a little-endian stream of bits; else the element's dtype
     others    as in `Parts`
 
-It is the layout of checkpoints and of every device, and the only one that can be cut in place: a slice of rows is a slice of
+It is the layout of checkpoints and of every device, and it can be cut in place along every axis: a slice of rows is a slice of
 each tensor, so narrow + copy_ writes where it should. A cut across K must fall on whole bytes and whole blocks.
 """
 
@@ -62,10 +62,11 @@ def cut(packed: Packed, spec: Spec, axis: int, start: int, stop: int) -> Packed:
         MisfitError: the cut splits a block or a byte.
     """
     axis = axis % len(spec.shape) - len(spec.shape)  # counted from the end: -1 is K, -2 is N
-    return {name: _cut_one(name, tensor, spec, axis, start, stop) for name, tensor in packed.items()}
+    return {name: cut_part(name, tensor, spec, axis, start, stop) for name, tensor in packed.items()}
 
 
-def _cut_one(name: str, tensor: Tensor, spec: Spec, axis: int, start: int, stop: int) -> Tensor:
+def cut_part(name: str, tensor: Tensor, spec: Spec, axis: int, start: int, stop: int) -> Tensor:
+    """The same for one packed tensor; axis: counted from the end."""
     if name == "act_scale" or (name == "act_pre_scale" and axis != -1):
         return tensor
     if axis < -2 or name == "act_pre_scale":
@@ -123,5 +124,6 @@ LAYOUTS = (
         pack=_pack,
         unpack=_unpack,
         why_not=_why_not,
+        cut=cut,
     ),
 )

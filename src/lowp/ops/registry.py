@@ -71,6 +71,7 @@ class Kernel:
         fallback: True where it is correct but never the fast way; strict mode refuses it.
         cases: schemes that it is meant for: cases of its tests and rows of the benchmark.
         about: one line for the docs.
+        how: a case that it can run -> one short sentence of what the device multiplies and what is emulated (see `how.py`).
         candidates: case and M -> configurations to time, each a dict of plain values, for `lowp tune`; None where it has no knob.
             The kernel asks `tuned.choice(name, tuned.key_of(...))` for the one that was found, and has a rule where that is None.
     """
@@ -84,16 +85,18 @@ class Kernel:
     fallback: bool = False
     cases: tuple[str, ...] = ()
     about: str = ""
+    how: Callable[[Case], str] | None = None
     candidates: Callable[[Case, int], list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """One row of `explain`: a kernel, the layout it would read, and "" or why it cannot run."""
+    """One row of `explain`: a kernel, "" or why it cannot run, and how it would compute the case ("" where it cannot)."""
 
     kernel: Kernel
     why_not: str
     chosen: bool = False
+    how: str = ""
 
 
 @functools.cache
@@ -241,7 +244,9 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     shape: tuple[int, ...] = (4096, 4096),
 ) -> list[Verdict]:
-    """Every kernel for a case, each asked in the layout that it wants: "can run" or why not. The first that can is chosen.
+    """Every kernel for a case, each asked in the layout that it wants: how it would compute it, or why it cannot.
+
+    The first that can is chosen.
 
     >>> [verdict.kernel.name for verdict in explain("linear", "int4/1x128*bf16") if not verdict.why_not][-1]
     'reference'
@@ -258,7 +263,11 @@ def explain(
     rows: list[Verdict] = []
     for kernel in kernels_of(op):
         reason = why_not_from_plain(kernel, base)
-        rows.append(Verdict(kernel=kernel, why_not=reason, chosen=not reason and not any(row.chosen for row in rows)))
+        how = (
+            kernel.how(dataclasses.replace(base, layout=kernel.layout or "plain")) if kernel.how and not reason else ""
+        )
+        chosen = not reason and not any(row.chosen for row in rows)
+        rows.append(Verdict(kernel=kernel, why_not=reason, chosen=chosen, how=how))
     return rows
 
 

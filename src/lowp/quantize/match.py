@@ -36,9 +36,14 @@ Predicate = Callable[[str, nn.Module], bool]
 Rules = str | Mapping[str | Predicate, str | None]
 
 
+# A stack of experts is read by torch's grouped product, tokens sorted by expert, or by a batched one. A loop over experts calls
+# linear for one matrix at a time, in the layout that serves the stack.
+_OPS = {"embedding": ("embedding",), "experts": ("grouped", "matmul"), "conv": ("matmul",)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A tensor that can be quantized: where it is, what kind of layer reads it, and its matrix shape."""
+    """A tensor that can be quantized: where it is, what kind of layer reads it, its matrix shape, and the ops that read it."""
 
     fqn: str
     tied: tuple[str, ...]
@@ -131,12 +136,7 @@ def _target(entries: list[tuple[str, str, Tensor, nn.Module]]) -> Target:
         weight=weight,
         module=module,
         matrix_shape=_matrix_shape(kind, tuple(weight.shape)),
-        ops=tuple(
-            dict.fromkeys(
-                {"embedding": "embedding", "experts": "matmul", "conv": "matmul"}.get(k, "linear")
-                for _, k, _, _ in entries
-            )
-        ),
+        ops=tuple(dict.fromkeys(op for _, k, _, _ in entries for op in _OPS.get(k, ("linear",)))),
     )
 
 
@@ -276,7 +276,7 @@ def _row(target: Target, rule: _Rule | None, method: str, device: torch.device |
         rule.scheme,
         f"rule {str(rule)!r}: {why}{how}",
         layout=layout,
-        kernel="+".join(kernel.name for kernel in kernels),
+        kernel="+".join(dict.fromkeys(kernel.name for kernel in kernels)),
         fallback=any(kernel.fallback for kernel in kernels),
     )
 

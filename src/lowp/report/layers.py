@@ -156,7 +156,7 @@ def _kernel(target: Target, weight: QTensor) -> tuple[str, str]:
     )
     chosen = {op: pick(dataclasses.replace(case, op=op)) for op in target.ops}
     why = ", ".join(f"{op} by {kernel.name}{' (fallback)' if kernel.fallback else ''}" for op, kernel in chosen.items())
-    return "+".join(kernel.name for kernel in chosen.values()), why
+    return "+".join(dict.fromkeys(kernel.name for kernel in chosen.values())), why
 
 
 # -- output error -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Every rule commutes with dequantize: rule(q).dequantize() == operation(q.dequant
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import MisfitError, TensorRuleError
-from ..layouts import Spec, layout_of
-from ..layouts.plain import cut, tensor_shapes
+from ..layouts import LAYOUTS, Spec, layout_of
+from ..layouts.base import Packed
+from ..layouts.plain import tensor_shapes
 from ..numerics import Format, quantize
 from ..ops.embedding import embedding
 from ..ops.grouped import grouped
@@ -127,12 +129,19 @@ def _axis(x: QTensor, dim: int) -> int:
     return {-1: -2, -2: -1}.get(axis, axis) if x.transposed else axis
 
 
-def _plain(x: QTensor, what: str) -> None:
-    if x.spec.layout != "plain":
+def _has_cuts(x: QTensor) -> bool:
+    return layout_of(x.spec.layout).cut is not None
+
+
+def _cut(what: str, packed: Packed, spec: Spec, axis: int, start: int, stop: int) -> Packed:
+    cut = layout_of(spec.layout).cut
+    if cut is None:
+        known = " or ".join(f"the layout {name}" for name, layout in sorted(LAYOUTS.items()) if layout.cut)
         raise TensorRuleError(
-            f"{what} wants the layout plain, which can be cut in place, got {x.spec.layout}: "
+            f"{what} wants {known}, which can be cut in place, got {spec.layout}: "
             "call .to_layout('plain') first, or dequantize()."
         )
+    return cut(packed, spec, axis, start, stop)
 
 
 def _narrow(x: QTensor, dim: int, start: int, stop: int) -> QTensor:
@@ -141,11 +150,10 @@ def _narrow(x: QTensor, dim: int, start: int, stop: int) -> QTensor:
     stop = max(start, stop)
     if start == 0 and stop == size:
         return x.like(x.packed)
-    _plain(x, "a slice")
     axis = _axis(x, dim)
     shape = list(x.spec.shape)
     shape[axis] = stop - start
-    packed = cut(x.packed, x.spec, axis, start, stop)
+    packed = _cut("a slice", x.packed, x.spec, axis, start, stop)
     view = QTensor(packed, x.spec.with_shape(tuple(shape)), dtype=x.dtype, transposed=x.transposed)
     view.shared_names = x.shared_names | {
         name for name, tensor in packed.items() if tensor is x.packed[name] and name != "qdata"
@@ -189,11 +197,11 @@ def _select(func: Any, args: Any, kwargs: Any) -> QTensor | Tensor:
     if not -size <= index < size:
         raise IndexError(f"index {index} is out of range for axis {dim} of size {size}")
     index %= size
-    if x.is_lazy_view or x.spec.layout != "plain" or _axis(x, dim) >= -2:
+    if x.is_lazy_view or not _has_cuts(x) or _axis(x, dim) >= -2:
         return func(x.dequantize(), dim, index)  # a row or a column is a read: it comes as floats
-    axis = _axis(x, dim)
-    packed = {name: tensor if _is_shared(name) else tensor.select(axis, index) for name, tensor in x.packed.items()}
-    shape = x.spec.shape[: len(x.spec.shape) + axis] + x.spec.shape[len(x.spec.shape) + axis + 1 :]
+    dim %= x.dim()
+    packed = {name: tensor if _is_shared(name) else tensor.select(dim, index) for name, tensor in x.packed.items()}
+    shape = x.spec.shape[:dim] + x.spec.shape[dim + 1 :]
     return QTensor(packed, x.spec.with_shape(shape), dtype=x.dtype, transposed=x.transposed)
 
 
@@ -244,12 +252,10 @@ def _reshape(x: QTensor, shape: Sequence[int]) -> QTensor:
         )
     if new == x.spec.shape:
         return QTensor(x.packed, x.spec, dtype=x.dtype)
-    if not x.is_lazy_view and x.spec.layout == "plain" and _rows_regroup(x.spec, new):
-        lead = new[:-2] if x.spec.shape[-2:] == new[-2:] else new[:-1]
+    if not x.is_lazy_view and _has_cuts(x) and _rows_regroup(x.spec, new):
+        rows = x.dim() - 2  # the axis of rows, or of units of them, in every packed tensor
         packed = {
-            name: tensor
-            if _is_shared(name)
-            else tensor.view(*lead, *tensor.shape[len(tensor.shape) - (len(new) - len(lead)) :])
+            name: tensor if _is_shared(name) else tensor.view(*new[:-2], -1, *tensor.shape[rows + 1 :])
             for name, tensor in x.packed.items()
         }
         return QTensor(packed, x.spec.with_shape(new), dtype=x.dtype)
@@ -264,7 +270,8 @@ def _rows_regroup(spec: Spec, new: tuple[int, ...]) -> bool:
     if old[-2:] == new[-2:]:
         return True
     by_row = fmt.is_identity or (fmt.block != "tensor" and fmt.block_dims(old)[0] == 1)
-    return old[-1] == new[-1] and by_row and fmt.nested is None
+    whole = not any(shape[-2] % layout_of(spec.layout).unit for shape in (old, new))
+    return old[-1] == new[-1] and by_row and whole and fmt.nested is None
 
 
 @rule(aten.unsqueeze.default)
@@ -272,7 +279,7 @@ def _unsqueeze(func: Any, args: Any, kwargs: Any) -> QTensor:
     x, dim = args
     rank = x.dim() + 1
     dim %= rank
-    if dim <= x.dim() - 2 and not x.is_lazy_view and x.spec.layout == "plain":
+    if dim <= x.dim() - 2 and not x.is_lazy_view and _has_cuts(x):
         packed = {name: tensor if _is_shared(name) else tensor.unsqueeze(dim) for name, tensor in x.packed.items()}
         shape = (*x.spec.shape[:dim], 1, *x.spec.shape[dim:])
         return QTensor(packed, x.spec.with_shape(shape), dtype=x.dtype, transposed=x.transposed)
@@ -284,7 +291,7 @@ def _squeeze(func: Any, args: Any, kwargs: Any) -> QTensor:
     x = args[0]
     dims = range(x.dim()) if len(args) == 1 else [args[1]] if isinstance(args[1], int) else args[1]
     gone = sorted(dim % x.dim() for dim in dims if x.shape[dim] == 1)
-    if any(dim >= x.dim() - 2 for dim in gone) or x.is_lazy_view or x.spec.layout != "plain":
+    if any(dim >= x.dim() - 2 for dim in gone) or x.is_lazy_view or not _has_cuts(x):
         return _reshape(x, [size for dim, size in enumerate(x.shape) if dim not in gone])
     for dim in reversed(gone):
         x = _select(aten.select.int, (x, dim, 0), {})
@@ -297,7 +304,7 @@ def _expand(func: Any, args: Any, kwargs: Any) -> QTensor:
     lead = len(sizes) - 2
     if (
         x.is_lazy_view
-        or x.spec.layout != "plain"
+        or not _has_cuts(x)
         or lead < x.dim() - 2
         or any(new not in (-1, old) for new, old in zip(sizes[lead:], x.shape[-2:], strict=True))
     ):
@@ -305,9 +312,10 @@ def _expand(func: Any, args: Any, kwargs: Any) -> QTensor:
             f"expand {sizes} of {x!r}: only axes before the matrix can be expanded; call .dequantize() first."
         )
     packed = {
-        name: tensor if _is_shared(name) else tensor.expand(*sizes[:lead], -1, -1) for name, tensor in x.packed.items()
+        name: tensor if _is_shared(name) else tensor.expand(*sizes[:lead], *[-1] * (tensor.dim() - x.dim() + 2))
+        for name, tensor in x.packed.items()
     }
-    shape = (*packed["qdata"].shape[:-2], *x.spec.shape[-2:])
+    shape = (*packed["qdata"].shape[:lead], *x.spec.shape[-2:])
     return QTensor(packed, x.spec.with_shape(shape), dtype=x.dtype, transposed=x.transposed)
 
 
@@ -331,25 +339,28 @@ def _cat(func: Any, args: Any, kwargs: Any) -> QTensor:
             raise TensorRuleError(
                 f"cat wants quantized tensors of one scheme, got {first!r} and {x!r}: dequantize() them first."
             )
-        _plain(x, "cat")
+        if x.spec.layout != first.spec.layout:
+            raise TensorRuleError(f"cat wants one layout, got {first!r} and {x!r}: call .to_layout('plain') first.")
     axis = _axis(first, dim)
+    empty = _cut(
+        "cat", first.packed, first.spec, axis, 0, 0
+    )  # its axis of no elements is the one that the pieces follow on
+    packed = {name: _cat_one(name, [x.packed[name] for x in tensors], empty[name], axis) for name in first.packed}
+    ends = [0, *itertools.accumulate(x.spec.shape[axis] for x in tensors)]
     shape = list(first.spec.shape)
-    shape[axis] = sum(x.spec.shape[axis] for x in tensors)
+    shape[axis] = ends[-1]
     spec = first.spec.with_shape(tuple(shape))
-    wanted = tensor_shapes(spec.weight, spec.shape)
-    packed = {name: _cat_one(name, [x.packed[name] for x in tensors], axis, wanted) for name in first.packed}
+    for start, stop in itertools.pairwise(ends):  # what was put together where no cut may fall is not the whole
+        _cut("cat", packed, spec, axis, start, stop)
     return QTensor(packed, spec, dtype=first.dtype, transposed=first.transposed)
 
 
-def _cat_one(name: str, tensors: list[Tensor], axis: int, wanted: dict[str, Any]) -> Tensor:
-    if (
-        not _is_shared(name)
-        and sum(t.shape[axis] for t in tensors) == wanted[name][0][axis]
-        and tensors[0].shape[axis] != wanted[name][0][axis]
-    ):
+def _cat_one(name: str, tensors: list[Tensor], empty: Tensor, axis: int) -> Tensor:
+    if empty is not tensors[0]:
+        along = next(i for i, size in enumerate(empty.shape) if size == 0)
         if tensors[0].element_size() == 1:  # as bytes: torch cannot concatenate every 8-bit dtype on every device
-            return torch.cat([t.view(torch.uint8) for t in tensors], dim=axis).view(tensors[0].dtype)
-        return torch.cat(tensors, dim=axis)
+            return torch.cat([t.view(torch.uint8) for t in tensors], dim=along).view(tensors[0].dtype)
+        return torch.cat(tensors, dim=along)
     if all(torch.equal(_bytes(t), _bytes(tensors[0])) for t in tensors[1:]):
         return tensors[0]  # one scale for all of them, and it is the same
     raise MisfitError(

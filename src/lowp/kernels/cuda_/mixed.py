@@ -34,6 +34,7 @@ from ...layouts.fragments import UNIT, by_group, planes
 from ...numerics import Format, Scheme, known_formats
 from ...ops import tuned
 from ...ops.cast import cast, fake_cast
+from ...ops.how import decoded, float_units, with_activation
 from ...ops.linear import prescale
 from ...ops.registry import Case, Kernel
 from .. import nvrtc
@@ -449,6 +450,13 @@ def _why_not(case: Case) -> str:
     return _why_not_scheme(Scheme.parse(case.scheme)) or _compiler_missing()
 
 
+def _how(case: Case) -> str:
+    said = with_activation(case, f"{decoded(case, 'in registers')}, {float_units(case)}")
+    if not _as_float8(case.scheme, case.shape, getattr(torch, case.dtype)):
+        return said
+    return f"{said}; native from {_FLOAT8_FROM} tokens on: {decoded(case, 'exactly', 'e4m3')}, float8 tensor cores"
+
+
 def _cases() -> tuple[str, ...]:
     schemes = [(known.spelling, Scheme.parse(known.spelling)) for known in known_formats()]
     fits = LAYOUTS["fragments"].why_not
@@ -463,6 +471,7 @@ KERNELS = (
         layout="fragments",
         why_not=_why_not,
         run=_run,
+        how=_how,
         about="decoded in registers, between Hopper's copy engine and its tensor cores (CUDA text)",
         cases=_cases(),
         candidates=_candidates,

@@ -42,6 +42,7 @@ KERNELS = (
         layout="plain",
         why_not=_why_not,
         run=_run,
+        how=lambda case: f"rows gathered packed, {case.weight.element.name} decoded after by torch's operators",
         about="packed rows, decoded after the look-up",
     ),
 )

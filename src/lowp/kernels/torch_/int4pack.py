@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
+from ...ops.how import decoded, float_units
 from ...ops.linear import prescale
 from ...ops.registry import Case, Kernel
 
@@ -41,10 +42,16 @@ def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, device: 
     return y_MN if bias is None else y_MN + bias.to(y_MN.dtype)
 
 
+def _how(case: Case) -> str:
+    if case.device == "cpu":
+        return f"{decoded(case, 'in registers', 'fp32')}, fp32 sums"
+    return f"{decoded(case, 'in registers')}, {float_units(case)}"
+
+
 KERNELS = tuple(
     Kernel(
         op="linear", name=name, rank=200, layout=layout, why_not=functools.partial(_why_not, device=device),
-        run=functools.partial(_run, device=device), about=about, cases=_CASES,
+        run=functools.partial(_run, device=device), how=_how, about=about, cases=_CASES,
     )
     for name, layout, device, about in (
         ("int4pack_cpu", "int4pack_cpu", "cpu", "torch._weight_int4pack_mm_for_cpu"),

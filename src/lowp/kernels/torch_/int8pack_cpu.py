@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
+from ...ops.how import decoded
 from ...ops.linear import prescale
 from ...ops.registry import Case, Kernel
 
@@ -52,6 +53,7 @@ KERNELS = (
         layout="plain",
         why_not=_why_not,
         run=_run,
+        how=lambda case: f"{decoded(case, 'in registers', 'fp32')}, fp32 sums",
         about="torch._weight_int8pack_mm",
         cases=("int8/row", "int8/row*bf16"),
     ),

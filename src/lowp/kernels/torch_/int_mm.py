@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
+from ...ops.how import native
 from ...ops.linear import quantized_input
 from ...ops.registry import Case, Kernel
 
@@ -78,6 +79,11 @@ def scale_sums(
     return y_MN.to(dtype)
 
 
+def _how(case: Case) -> str:
+    units = "tensor cores" if case.device == "cuda" else f"products on the {case.device}"
+    return native(case, f"int8 {units} with int32 sums by torch._int_mm")
+
+
 KERNELS = (
     Kernel(
         op="linear",
@@ -86,6 +92,7 @@ KERNELS = (
         layout="plain",
         why_not=_why_not,
         run=_run,
+        how=_how,
         about="torch._int_mm, the activation cast first",
         cases=("int8/row@int8/row", "int8/row@int8/row+int8", "int8/tensor@int8/tensor", "int8/row*bf16@int8/row"),
     ),

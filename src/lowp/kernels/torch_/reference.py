@@ -6,6 +6,10 @@ calls torch's own product: as fast as that product plus one pass over the weight
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +20,7 @@ from ...ops.cast import codes_reference, fake_cast, fake_reference
 from ...ops.cast import reference as cast_reference
 from ...ops.embedding import reference as embedding_reference
 from ...ops.grouped import reference as grouped_reference
+from ...ops.how import decoded, short, with_activation
 from ...ops.linear import act_values, prescale, weight_values
 from ...ops.linear import reference as linear_reference
 from ...ops.matmul import reference as matmul_reference
@@ -57,39 +62,64 @@ def _why_not_grouped(case: Case) -> str:
     return ""
 
 
-KERNELS = tuple(
-    Kernel(op=op, name=name, rank=rank, layout="", why_not=why_not, run=run, fallback=True, about=about)
-    for op, name, rank, why_not, run, about in (
-        (
-            "linear",
-            "dequantize",
-            900,
-            _always,
-            _linear_dequantized,
-            "weight to the activation's dtype, then torch's linear",
-        ),
-        (
-            "matmul",
-            "dequantize",
-            900,
-            _always,
-            _matmul_dequantized,
-            "weight to the activation's dtype, then torch's matmul",
-        ),
-        (
-            "grouped",
-            "dequantize",
-            900,
-            _why_not_grouped,
-            _grouped_dequantized,
-            "weights decoded, then torch._grouped_mm",
-        ),
-        ("linear", "reference", 1000, _always, linear_reference, "the definition, in float32"),
-        ("matmul", "reference", 1000, _always, matmul_reference, "the definition, in float32"),
-        ("grouped", "reference", 1000, _always, grouped_reference, "every token times every expert, its own kept"),
-        ("cast", "reference", 1000, _always, cast_reference, "the definition, in torch"),
-        ("fake_cast", "reference", 1000, _always, fake_reference, "the definition, in torch"),
-        ("cast_codes_as", "reference", 1000, _always, codes_reference, "the definition, in torch"),
-        ("embedding", "reference", 1000, _always, embedding_reference, "decode the whole table, then look up"),
-    )
-)
+def _dequantized(case: Case, product: str) -> str:
+    return f"{decoded(case)}, torch's {short(case)} {product}"
+
+
+def _by_reference(case: Case, product: str) -> str:
+    return f"{decoded(case, to='fp32')}, torch's fp32 {product}"
+
+
+def _with_activation(case: Case, how: Callable[[Case, str], str], product: str) -> str:
+    return with_activation(case, how(case, product))
+
+
+def _cast_in_torch(case: Case) -> str:
+    return f"{case.weight.element.name} by torch's operators, one after the other"
+
+
+def _last(
+    op: str,
+    name: str,
+    run: Callable[..., Any],
+    about: str,
+    how: Callable[[Case], str],
+    why_not: Callable[[Case], str] = _always,
+) -> Kernel:
+    rank = 900 if name == "dequantize" else 1000
+    return Kernel(op=op, name=name, rank=rank, layout="", why_not=why_not, run=run, how=how, fallback=True, about=about)
+
+
+_DEFINITION = "the definition, in float32"
+_IN_TORCH = "the definition, in torch"
+
+KERNELS = (
+    _last(
+        "linear", "dequantize", _linear_dequantized, "weight to the activation's dtype, then torch's linear",
+        partial(_with_activation, how=_dequantized, product="linear"),
+    ),
+    _last(
+        "matmul", "dequantize", _matmul_dequantized, "weight to the activation's dtype, then torch's matmul",
+        partial(_dequantized, product="matmul"),
+    ),
+    _last(
+        "grouped", "dequantize", _grouped_dequantized, "weights decoded, then torch._grouped_mm",
+        partial(_with_activation, how=_dequantized, product="grouped product"), _why_not_grouped,
+    ),
+    _last(
+        "linear", "reference", linear_reference, _DEFINITION,
+        partial(_with_activation, how=_by_reference, product="product"),
+    ),
+    _last("matmul", "reference", matmul_reference, _DEFINITION, partial(_by_reference, product="product")),
+    _last(
+        "grouped", "reference", grouped_reference, "every token times every expert, its own kept",
+        partial(_with_activation, how=_by_reference, product="product of every token and every expert"),
+    ),
+    _last("cast", "reference", cast_reference, _IN_TORCH, _cast_in_torch),
+    _last("fake_cast", "reference", fake_reference, _IN_TORCH, _cast_in_torch),
+    _last("cast_codes_as", "reference", codes_reference, _IN_TORCH, _cast_in_torch),
+    _last(
+        "embedding", "reference", embedding_reference, "decode the whole table, then look up",
+        lambda case: f"{decoded(case)}, the whole table, then looked up",
+    ),
+)  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
+from ...ops.how import native
 from ...ops.linear import quantized_input
 from ...ops.registry import Case, Kernel
 
@@ -106,6 +107,7 @@ KERNELS = (
         layout="plain",
         why_not=_why_not,
         run=_run,
+        how=lambda case: native(case, "float8 tensor cores by torch._scaled_mm"),
         about="torch._scaled_mm, the activation cast first",
         cases=("e4m3/row@e4m3/row", "e4m3/tensor@e4m3/tensor", "e4m3/128x128@e4m3/1x128"),
     ),

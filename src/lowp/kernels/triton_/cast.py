@@ -689,17 +689,27 @@ _CASES = (
     "e2m1/1x32*e8m0", "e2m1/1x16*e4m3/tensor",
 )  # fmt: skip
 
+
+def _how(case: Case) -> str:
+    element = case.weight.element
+    if element.kind == "int":
+        return f"amax, scale and {element.name} codes in registers"
+    if element.name in ("e4m3", "e5m2") and case.sm >= 89:
+        return f"native: amax and scale in registers, {element.name} by the hardware's conversion"
+    return f"emulated: amax, scale and {element.name} codes by arithmetic in registers"
+
+
 KERNELS = (
     Kernel(
-        op="cast", name="cast", rank=50, layout="", why_not=_why_not, run=_run_cast, cases=_CASES,
+        op="cast", name="cast", rank=50, layout="", why_not=_why_not, run=_run_cast, how=_how, cases=_CASES,
         about="amax, scale and codes in one pass, in Triton",
     ),
     Kernel(
-        op="fake_cast", name="fake_cast", rank=50, layout="", why_not=_why_not, run=_run_fake_cast, cases=_CASES,
+        op="fake_cast", name="fake_cast", rank=50, layout="", why_not=_why_not, run=_run_fake_cast, how=_how, cases=_CASES,
         about="quantized and dequantized in one pass, in Triton",
     ),
     Kernel(
         op="cast_codes_as", name="cast_codes_as", rank=50, layout="", why_not=functools.partial(_why_not, by_token=True),
-        run=_run_codes, cases=_CASES[:6], about="codes in bf16 or fp16, the token's scale apart, in Triton",
+        run=_run_codes, how=_how, cases=_CASES[:6], about="codes in bf16 or fp16, the token's scale apart, in Triton",
     ),
 )  # fmt: skip

@@ -36,6 +36,7 @@ from torch import Tensor
 from ...layouts import Spec
 from ...layouts.base import Packed
 from ...numerics import known_formats
+from ...ops.how import decoded, float_units, short, with_activation
 from ...ops.linear import act_values
 from ...ops.registry import Case, Kernel, device_capability
 from .decode import (
@@ -74,15 +75,24 @@ class Tiling:
     stages: int = 4
 
 
+def _big(sm: int) -> bool:
+    """A data center's chip: twice the shared memory of others, and more products for a byte."""
+    return 90 <= sm < 120
+
+
+def _most_tokens(sm: int) -> int:
+    """Above so many, two passes over the weight cost less than a product at half the speed."""
+    return 512 if _big(sm) else 256
+
+
 def choose(tokens: int, rows: int, columns: int, sm: int, *, at_most: int, experts: int = 1) -> Tiling | None:
     """The tiling by rule; None: decode the weight once, then torch's own product.
 
     Args:
         tokens: of all experts together. rows, columns: N, K of one. sm: 90 for Hopper. at_most: the widest tile of columns.
     """
-    each = -(-tokens // experts)
-    big = 90 <= sm < 120  # a data center's chip: twice the shared memory of others, and more products for a byte
-    if each > (512 if big else 256):  # there two passes over the weight cost less than a product at half the speed
+    each, big = -(-tokens // experts), _big(sm)
+    if each > _most_tokens(sm):
         return None
     bk = min(128, at_most)
     if each > 64:
@@ -423,6 +433,30 @@ def _why_not_linear(case: Case, weight_only: bool) -> str:
     return _why_not(case, 2)
 
 
+def _how(case: Case, many: str) -> str:
+    many = many.format(most=_most_tokens(case.sm))
+    return with_activation(case, f"{decoded(case, 'in registers')}, {float_units(case)}; {many}")
+
+
+def _how_linear(case: Case) -> str:
+    return _how(case, "above {most} tokens decoded once for each call, then torch's linear")
+
+
+def _how_grouped(case: Case) -> str:
+    if case.dtype == "bfloat16" and not any(size % 8 for size in case.shape[-2:]):  # what torch._grouped_mm takes
+        return _how(case, "above {most} tokens an expert decoded once for each call, then torch's grouped product")
+    return _how(case, "batches of more than {most} tokens an expert decoded once for each call, then torch's product")
+
+
+def _how_matmul(case: Case) -> str:
+    stacks = "; stacks read transposed: decoded in registers" if len(case.shape) == 3 else ""
+    return f"{decoded(case)}, torch's {short(case)} product{stacks}"
+
+
+def _how_embedding(case: Case) -> str:
+    return f"rows gathered, {decoded(case, 'in registers')}, in one launch"
+
+
 _SCHEMES = tuple(known.spelling for known in known_formats() if "/" in known.spelling)
 _GROUPED = (
     "int4/1x128*bf16",
@@ -437,24 +471,24 @@ _GROUPED = (
 KERNELS = (
     Kernel(
         op="linear", name="w16", rank=120, layout="plain", why_not=functools.partial(_why_not_linear, weight_only=True),
-        run=_run_linear, cases=tuple(scheme for scheme in _SCHEMES if "@" not in scheme),
+        run=_run_linear, how=_how_linear, cases=tuple(scheme for scheme in _SCHEMES if "@" not in scheme),
         about="Triton: decoded in registers, multiplied on tensor cores; above some hundred tokens decoded once",
     ),
     Kernel(
         op="linear", name="w16_act", rank=250, layout="plain", why_not=functools.partial(_why_not_linear, weight_only=False),
-        run=_run_linear, cases=tuple(scheme for scheme in _SCHEMES if "@" in scheme),
+        run=_run_linear, how=_how_linear, cases=tuple(scheme for scheme in _SCHEMES if "@" in scheme),
         about="as w16, the activation quantized and dequantized first",
     ),
     Kernel(
         op="grouped", name="w16", rank=120, layout="plain", why_not=functools.partial(_why_not, axes=3), run=_run_grouped,
-        cases=_GROUPED, about="as w16; each tile finds its expert on the device",
+        how=_how_grouped, cases=_GROUPED, about="as w16; each tile finds its expert on the device",
     ),
     Kernel(
         op="matmul", name="decode", rank=120, layout="plain", why_not=functools.partial(_why_not, axes=0), run=_run_matmul,
-        cases=_SCHEMES, about="decoded by Triton, then torch's matmul; (E, M, K) x (E, N, K) as grouped",
+        how=_how_matmul, cases=_SCHEMES, about="decoded by Triton, then torch's matmul; (E, M, K) x (E, N, K) as grouped",
     ),
     Kernel(
         op="embedding", name="decode", rank=120, layout="plain", why_not=functools.partial(_why_not, axes=2), run=_run_embedding,
-        cases=_SCHEMES, about="Triton: rows gathered and decoded in one launch",
+        how=_how_embedding, cases=_SCHEMES, about="Triton: rows gathered and decoded in one launch",
     ),
 )  # fmt: skip

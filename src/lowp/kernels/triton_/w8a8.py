@@ -28,6 +28,7 @@ from torch import Tensor
 from ...layouts import Spec
 from ...layouts.base import Packed
 from ...numerics import Scheme
+from ...ops.how import native
 from ...ops.registry import Case, Kernel
 from ..torch_.int_mm import int_mm
 from ..torch_.scaled_mm import scaled_mm_blocks, scaled_mm_rows
@@ -477,9 +478,14 @@ def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tenso
     return y_MN
 
 
+def _how(case: Case) -> str:
+    integer = case.weight.element.kind == "int"
+    return native(case, "int8 tensor cores with int32 sums" if integer else "float8 tensor cores")
+
+
 KERNELS = (
     Kernel(
-        op="linear", name="w8a8", rank=60, layout="plain", why_not=_why_not, run=_run,
+        op="linear", name="w8a8", rank=60, layout="plain", why_not=_why_not, run=_run, how=_how,
         cases=(
             "e4m3/row@e4m3/row", "e4m3/tensor@e4m3/tensor", "e4m3/128x128@e4m3/1x128", "int8/row@int8/row",
             "int8/row@int8/row+int8", "int8/tensor@int8/tensor", "int8/row*bf16@int8/row",
