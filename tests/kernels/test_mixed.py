@@ -3,11 +3,13 @@
 What needs no GPU: tilings fit the chip, the text compiles for every format where NVRTC is installed.
 """
 
+import concurrent.futures
 import dataclasses
 
 import pytest
 import torch
 
+from lowp.errors import KernelError
 from lowp.kernels import nvrtc
 from lowp.kernels.cuda_ import mixed
 from lowp.kernels.cuda_.tiling import Tiling, candidates, choose, estimate_us, shared_bytes
@@ -42,6 +44,25 @@ def test_the_model_asks_for_more_time_for_more_work():
     tiling = Tiling(wgs=2, bm=128, kc=2)
     times = [estimate_us(tiling, tokens, 14336, 4096, 132) for tokens in (128, 1024, 8192)]
     assert times == sorted(times) and times[2] > 4 * times[1]
+
+
+@pytest.mark.parametrize("scale", ["uint8/1x256", "e4m3/row", "e4m3/1x16", "e5m2/tensor", "int8/2x4"])
+def test_scales_of_scales_that_it_cannot_read_are_refused(scale):
+    assert mixed._why_not_scheme(Scheme.parse(f"int4/1x64*{scale}")).startswith(
+        "wants scales that are floats, e4m3/tensor"
+    )
+
+
+def test_packed_tensors_are_contiguous():
+    """The kernel reads raw addresses: a scale that is one number seen many times must have been written out."""
+    q = QTensor.quantize(torch.randn(64, 64), "int4/row")
+    one = q.parts().scale[:1].expand(64, 1)
+    packed = (
+        QTensor.from_parts(q.parts().replace(scale=one), "int4/row", dtype=torch.bfloat16).to_layout("fragments").packed
+    )
+    assert all(
+        tensor.is_contiguous() and tensor.untyped_storage().nbytes() >= tensor.nbytes for tensor in packed.values()
+    )
 
 
 @pytest.mark.skipif(bool(nvrtc.missing_compiler()), reason="needs NVRTC (pip install nvidia-cuda-nvrtc)")
@@ -101,7 +122,17 @@ def test_inputs_as_they_come():
     q = weight("int4/1x128*bf16", n=203)
     bias = torch.randn(203, device="cuda")
     big = torch.randn(40, 3000, device="cuda", dtype=torch.bfloat16)
-    for x in (big[:, 5:1029], big[::3, 8:1032], big[:0, :1024], big[:, :1024].reshape(4, 10, 1024), big[3, 1:1025]):
+    odd = torch.randn(40, 3001, device="cuda", dtype=torch.bfloat16)[
+        :1, :1024
+    ]  # one row, and a stride that nobody reads
+    for x in (
+        big[:, 5:1029],
+        big[::3, 8:1032],
+        big[:0, :1024],
+        big[:, :1024].reshape(4, 10, 1024),
+        big[3, 1:1025],
+        odd,
+    ):
         y = linear(x.reshape(-1, 1024) if x.dim() != 2 else x, q.packed, q.spec, bias)
         expected = linear_reference(x.reshape(-1, 1024), q.packed, q.spec, bias)
         assert relative_error(expected, y.reshape(expected.shape)) <= q.format.tolerance(torch.bfloat16)
@@ -130,6 +161,40 @@ def test_streams_and_graphs():
     static.copy_(2 * xs[0])
     graph.replay()
     assert torch.equal(y, linear(2 * xs[0], q.packed, q.spec))
+
+
+@pytest.mark.gpu
+def test_threads_do_not_share_a_launch():
+    q = weight("int4/1x128*bf16", n=1024, k=1024)
+    xs = [torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16) for m in (1, 5, 17, 64)]
+    expected = [linear(x, q.packed, q.spec) for x in xs]
+    torch.cuda.synchronize()
+
+    def serve(i):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [linear(xs[i], q.packed, q.spec) for _ in range(300)]
+            torch.cuda.current_stream().synchronize()
+        return all(torch.equal(result, expected[i]) for result in results)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(serve, range(4)))
+
+
+@pytest.mark.gpu
+def test_what_lies_elsewhere_is_an_error():
+    q, x = weight("int4/1x128*bf16"), torch.randn(2, 1024, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(KernelError, match="wants a bias on cuda:0"):
+        linear(x, q.packed, q.spec, torch.zeros(320))
+    with pytest.raises(KernelError, match="wants a weight on cuda:0"):
+        mixed._run(x, {name: tensor.cpu() for name, tensor in q.packed.items()}, q.spec, None)
+
+
+@pytest.mark.gpu
+def test_rows_cut_from_a_weight():
+    q = weight("int4/1x128*bf16", n=512)
+    x = torch.randn(9, 1024, device="cuda", dtype=torch.bfloat16)
+    whole, part = torch.nn.functional.linear(x, q), torch.nn.functional.linear(x, q[128:320])
+    assert relative_error(whole[:, 128:320], part) <= 1e-2
 
 
 @pytest.mark.gpu

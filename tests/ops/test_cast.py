@@ -9,8 +9,9 @@ import functools
 import pytest
 import torch
 
+from lowp.errors import KernelError
 from lowp.numerics import Format, Scheme, dequantize, known_formats
-from lowp.ops import cast, cast_codes_as, fake_cast, kernels_of
+from lowp.ops import cast, cast_codes_as, fake_cast, kernels_of, strict
 from lowp.ops.cast import case_of_cast, codes_reference, fake_reference, reference
 from lowp.ops.linear import act_values
 from lowp.tensor import QTensor
@@ -162,3 +163,18 @@ def test_traced_it_answers_the_same_bytes_for_any_number_of_tokens(spelling, dev
     for tokens in (3, 7, 12):
         x = numbers(torch.bfloat16, device)[:tokens]
         assert_same_parts(compiled(x), reference(x, fmt), fmt)
+
+
+def test_a_pre_scale_may_be_strided(device):
+    fmt, x = Format.parse("int8/row"), torch.randn(3, 64, device=device)
+    pre_scale = (torch.rand(128, device=device) + 0.5)[::2]
+    for kernel in fast("cast", fmt, x, None, pre_scale):
+        assert_same_parts(kernel.run(x, fmt, None, pre_scale), reference(x, fmt, None, pre_scale), fmt)
+
+
+def test_strict_mode_holds_for_a_cast_that_ran_before(device):
+    """A fallback that was picked outside of strict mode is not kept inside."""
+    x, fmt = torch.randn(3, 64, device=device, dtype=torch.float64), Format.parse("nf4/1x64*bf16")
+    cast(x, fmt)
+    with strict(), pytest.raises(KernelError, match="strict mode wants a fast kernel for cast"):
+        cast(x, fmt)

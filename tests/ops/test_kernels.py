@@ -101,6 +101,15 @@ def test_embedding_kernels_match_the_reference(scheme, device):
     assert torch.equal(embedding(ids, q.packed, q.spec, torch.bfloat16), expected)
 
 
+def test_embedding_of_strided_ids(device):
+    q = QTensor.quantize(torch.randn(N, K, device=device), "int4/1x64*bf16")
+    ids = torch.randint(0, N, (3, 6), device=device)[:, :-1]
+    expected = embedding_reference(ids, q.packed, q.spec, torch.bfloat16)
+    for kernel in kernels_of("embedding"):
+        if not kernel.why_not(asked(kernel, case_of("embedding", ids, q.packed, q.spec))):
+            assert torch.equal(kernel.run(ids, q.packed, q.spec, torch.bfloat16), expected), kernel.name
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_matmul_of_stacked_experts(scheme, device):
     q = QTensor.quantize(torch.randn(2, 128, 256, device=device), scheme.split("@")[0])
