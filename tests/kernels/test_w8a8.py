@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from lowp.kernels.triton_ import interpreted
 from lowp.numerics.compare import relative_error
 from lowp.ops import kernels_of
 from lowp.ops.linear import reference
@@ -18,6 +19,12 @@ TILINGS = (
     w8a8.Tiling(bm=64, bn=128, bk=128, swap=False, group=2),
     w8a8.Tiling(bm=64, bn=64, bk=64, swap=False, split=2, stages=2),
 )
+
+
+@pytest.fixture(autouse=True)
+def runnable(device):
+    if device.type == "cpu" and not interpreted():
+        pytest.skip("Triton's interpreter is off: a GPU is here")
 
 
 def linear(x, q, bias=None, tiled=None):

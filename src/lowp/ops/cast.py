@@ -89,7 +89,7 @@ _KERNELS: dict[
 
 
 def _kernel(op: str, x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale: Tensor | None) -> Kernel:
-    if torch.compiler.is_compiling():
+    if type(x) is not Tensor or torch.compiler.is_compiling():  # a traced size cannot be looked up
         return pick(case_of_cast(op, x, fmt, act_scale, pre_scale))
     key = (op, id(fmt), x.dtype, x.device, x.shape[-1], act_scale is None, pre_scale is None)
     found = _KERNELS.get(key)

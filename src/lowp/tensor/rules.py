@@ -107,9 +107,10 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> QTensor | Tensor:
         )
     if device is None or torch.device(device) == x.device:
         return x.map(torch.clone).like(x.map(torch.clone).packed, dtype=dtype)
+    elsewhere = torch.device(device).type
     bound = layout_of(x.spec.layout).device
-    if bound and bound != torch.device(device).type:
-        x = x.to_layout("plain")
+    if (bound and bound != elsewhere) or elsewhere not in (x.device.type, "meta"):
+        x = x.to_layout("plain")  # other layouts serve the kernels of the device that they were chosen for
     moved = {
         name: tensor.to(device, non_blocking=kwargs.get("non_blocking", False)) for name, tensor in x.packed.items()
     }
