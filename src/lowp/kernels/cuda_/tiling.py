@@ -127,18 +127,17 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     if not found:
         return None
     if tokens > 64:
-        fitted = [
-            one for one in found if (one.mt, one.wgs) == (1, 1 if one.bm == 64 else 2)
-        ]  # what the model was fitted to
+        # What the model was fitted to.
+        fitted = [one for one in found if (one.mt, one.wgs) == (1, 1 if one.bm == 64 else 2)]
         return min(fitted or found, key=lambda one: estimate_us(one, tokens, rows, columns, processors))
     bm, units, chunks, split = found[0].bm, -(-rows // UNIT), columns // UNIT, 1
-    enough, least = (1.7 * processors, 16) if bm <= 16 else (1.45 * processors, 24)
+    enough, least = (1.6 * processors, 16) if bm <= 16 else (1.45 * processors, 24)
     while split < 8 and units * split < enough and chunks // (2 * split) >= least:
         split *= 2
     mt, wgs = 1, 1
     if units >= 3.3 * processors and bm == 64:
         mt, wgs = 2, 2
-    elif units >= 1.7 * processors and bm <= 32:
+    elif (units >= 1.6 * processors and bm <= 32) or numbers["KIND"] == 2:  # a codebook's table is filled once a block
         mt, wgs = 1, 2
     suited = [one for one in found if (one.bm, one.mt, one.wgs) == (bm, mt, wgs)] or found
     return min(suited, key=lambda one: abs(one.split - split))
