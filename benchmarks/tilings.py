@@ -1,10 +1,10 @@
 """Every tiling of the mixed product on a GPU, and how far the rule that chooses is from the best of them.
 
-    python benchmarks/tilings.py --shapes 28672x4096,4096x14336 --batch 1..4096           measure, append, then judge
-    python benchmarks/tilings.py --judge                                                  only judge what results/tilings_gpu.csv holds
+    python benchmarks/tilings.py --shapes 28672x4096,4096x14336 --batch 1..4096       measure, append, then judge
+    python benchmarks/tilings.py --judge                                              only judge results/tilings_gpu.csv
 
-The constants in `src/lowp/kernels/cuda_/tiling.py` were fitted to these rows. The judge asks the rule, as it is now, for each case,
-and looks the time of its choice up: regret = time of the choice / time of the best. It needs no GPU.
+The constants in `src/lowp/kernels/cuda_/tiling.py` were fitted to these rows. The judge asks the rule, as it is now, for each
+case, and looks the time of its choice up: regret = time of the choice / time of the best. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ import dataclasses
 import statistics
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 from lowp.cli.bench import batches_of, shapes_of
 from lowp.kernels.cuda_ import mixed
 from lowp.kernels.cuda_.tiling import Tiling, candidates, choose
+from lowp.layouts import Spec
+from lowp.layouts.base import Packed
 from lowp.numerics import Scheme
 from lowp.report.clock import median, rotation
 from lowp.report.results import append, row
@@ -55,20 +60,24 @@ def measure(scheme: str, shape: tuple[int, int], batches: list[int], path: str) 
     numbers = mixed._numbers(q.scheme, q.spec.shape, torch.bfloat16)
     for tokens in batches:
         x_MK = torch.randn(tokens, columns, device="cuda", dtype=torch.bfloat16)
-        base = median([lambda w=w: torch.nn.functional.linear(x_MK, w) for w in floats], "cuda").us
+        base = median([partial(linear, x_MK, w) for w in floats], "cuda").us
         found: list[dict[str, Any]] = []
         for tiling in (*candidates(tokens, columns, numbers), None):
-            if tiling is None:
-                calls = [
-                    lambda p=p: torch.nn.functional.linear(x_MK, mixed.decode(p, q.spec, x_MK.dtype)) for p in copies
-                ]
-            else:
-                calls = [lambda p=p, t=tiling: mixed.product(x_MK, p, q.spec, None, t) for p in copies]
+            run = partial(_decoded, x_MK, q.spec) if tiling is None else partial(_tiled, x_MK, q.spec, tiling)
+            calls = [partial(run, packed) for packed in copies]
             knobs = dict.fromkeys(KNOBS, "") if tiling is None else dataclasses.asdict(tiling)
             case = dict(scheme=q.scheme, M=tokens, N=rows, K=columns)
             what = DECODE if tiling is None else "mixed product"
             found.append(row(what, median(calls, "cuda").us, "us", base, device="cuda", **case, **knobs))
         append(path, found)
+
+
+def _decoded(x_MK: Tensor, spec: Spec, packed: Packed) -> Tensor:
+    return linear(x_MK, mixed.decode(packed, spec, x_MK.dtype))
+
+
+def _tiled(x_MK: Tensor, spec: Spec, tiling: Tiling, packed: Packed) -> Tensor:
+    return mixed.product(x_MK, packed, spec, None, tiling)
 
 
 def judge(path: str) -> None:
