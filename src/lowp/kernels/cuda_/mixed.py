@@ -41,7 +41,7 @@ from .. import nvrtc
 from ..torch_.scaled_mm import scaled_mm_blocks
 from .tiling import Tiling, candidates, choose, shared_bytes
 
-_SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3}
+_SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3, "e4m3": 4}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
 _PARAMS = struct.Struct("128s10Q5i")  # as `Params` in fragments.cu
 _TENSORS = ("scale", "zero_point", "scale_scale", "scale_zero_point")
@@ -54,14 +54,10 @@ def _numbers(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[st
     """What fragments.cu is told about a weight format, by the names of its page."""
     fmt = Scheme.parse(scheme).weight
     element, widths = fmt.element, planes(fmt.element.bits)
-    nested = fmt.nested
-    scale = (
-        (4 if nested.element.kind == "float" else 5)
-        if nested
-        else 4
-        if fmt.scale == "e4m3"
-        else _SCALES[str(fmt.scale)]
-    )
+    if fmt.nested:  # scales that are codes themselves
+        scale = 4 if fmt.nested.element.kind == "float" else 5
+    else:
+        scale = _SCALES[str(fmt.scale)]
     return {
         "NPLANES": len(widths),
         **{f"PW{i}": widths[i] if i < len(widths) else 0 for i in range(3)},
@@ -261,9 +257,8 @@ def product(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, tilin
     return y_MN
 
 
-_READ: dict[
-    int, tuple[weakref.ref[Tensor], Any]
-] = {}  # codes that a product has read, by identity, and what they were then
+# Codes that a product has read, by identity, and what they were then.
+_READ: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
 
 
 def _unchanged(packed: Packed, dtype: torch.dtype) -> bool:

@@ -159,44 +159,44 @@ product(const __grid_constant__ Params p) {
     for (int turn = stage_first; turn < stage_last; turn += TURNS)
 #pragma unroll
       for (int k = turn; k < turn + TURNS; k++) {
-      barrier_wait(full + 8 * s, phase);
-      const u32 at = stages + s * STAGE_BYTES, x = descriptor_of(at);
-      Rows rows[MT];
+        barrier_wait(full + 8 * s, phase);
+        const u32 at = stages + s * STAGE_BYTES, x = descriptor_of(at);
+        Rows rows[MT];
 #pragma unroll
-      for (int c = 0; c < KC; c++) {
+        for (int c = 0; c < KC; c++) {
 #pragma unroll
-        for (int m = 0; m < MT; m++) {
-          const int set = MT == 2 ? m : KC % 2 == 0 ? c & 1 : k - turn;
-          const int unit = group_of_warps * MT + m;
-          const Codes codes = load_codes(at + CODES_AT + (unit * KC + c) * UNIT_BYTES, lane128);
+          for (int m = 0; m < MT; m++) {
+            const int set = MT == 2 ? m : KC % 2 == 0 ? c & 1 : k - turn;
+            const int unit = group_of_warps * MT + m;
+            const Codes codes = load_codes(at + CODES_AT + (unit * KC + c) * UNIT_BYTES, lane128);
 #pragma unroll
-          for (int step = 0; step < 4; step++) {
-            if constexpr (GROUP > 0) {
-              const int column = 64 * c + 16 * step;
-              if (column % COLUMNS == 0) {
-                const int g = GROUP >= 64 * KC ? 0 : column / COLUMNS;
-                const int index = SCALE == 5 ? ((n64 + m) * 64 + row) * groups + (k * KC * 64 + column) / COLUMNS : 0;
-                rows[m] = load_rows(at + SCALES_AT + (unit * GROUPS + g) * 64 * SCALE_BYTES,
-                                    at + ZEROS_AT + (unit * GROUPS + g) * 64 * ZERO_BYTES, row, p, index, groups);
+            for (int step = 0; step < 4; step++) {
+              if constexpr (GROUP > 0) {
+                const int column = 64 * c + 16 * step;
+                if (column % COLUMNS == 0) {
+                  const int g = GROUP >= 64 * KC ? 0 : column / COLUMNS;
+                  const int index = SCALE == 5 ? ((n64 + m) * 64 + row) * groups + (k * KC * 64 + column) / COLUMNS : 0;
+                  rows[m] = load_rows(at + SCALES_AT + (unit * GROUPS + g) * 64 * SCALE_BYTES,
+                                      at + ZEROS_AT + (unit * GROUPS + g) * 64 * ZERO_BYTES, row, p, index, groups);
+                }
               }
+              if (step == 0) decode_step<0>(a[set][0], codes, rows[m], start);
+              if (step == 1) decode_step<1>(a[set][1], codes, rows[m], start);
+              if (step == 2) decode_step<2>(a[set][2], codes, rows[m], start);
+              if (step == 3) decode_step<3>(a[set][3], codes, rows[m], start);
             }
-            if (step == 0) decode_step<0>(a[set][0], codes, rows[m], start);
-            if (step == 1) decode_step<1>(a[set][1], codes, rows[m], start);
-            if (step == 2) decode_step<2>(a[set][2], codes, rows[m], start);
-            if (step == 3) decode_step<3>(a[set][3], codes, rows[m], start);
-          }
-          wgmma_fence();
+            wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < 4; step++)
-            wgmma(sum[m], a[set][step], descriptor(x, c * X_CHUNK + 32 * step), k > stage_first || c > 0 || step > 0);
-          wgmma_commit();
-          wgmma_wait<1>();
-          if (c == 0 && m == 0 && last >= 0 && lane == 0) barrier_arrive(empty + 8 * last);
+            for (int step = 0; step < 4; step++)
+              wgmma(sum[m], a[set][step], descriptor(x, c * X_CHUNK + 32 * step), k > stage_first || c > 0 || step > 0);
+            wgmma_commit();
+            wgmma_wait<1>();
+            if (c == 0 && m == 0 && last >= 0 && lane == 0) barrier_arrive(empty + 8 * last);
+          }
         }
+        last = s;
+        if (++s == STAGES) { s = 0; phase ^= 1; }
       }
-      last = s;
-      if (++s == STAGES) { s = 0; phase ^= 1; }
-    }
     wgmma_wait<0>();
     if (last >= 0 && lane == 0) barrier_arrive(empty + 8 * last);
 
