@@ -19,6 +19,11 @@ ODD = (
     "int3/1x64*bf16+bf16",
     "int5/row",
     "uint7/1x48*fp16+uint8",
+    "uint4/1x24*bf16+bf16",
+    "e2m1/1x12",
+    "nf4/1x6*int8/1x8",
+    "int3/1x96*bf16",
+    "int1/1x3",
     "e4m3/2x48",
     "e5m2/tensor",
     "e3m2/1x16*e8m0",
@@ -105,14 +110,23 @@ TILINGS = [
         (64, 16, 32, 4, True),
         (32, 32, 128, 2, True),
         (32, 64, 32, 1, False),
-        (128, 16, 16, 3, False),
+        (128, 16, 32, 3, False),
     )
 ]
 
 
 @pytest.mark.parametrize("tiling", TILINGS, ids=str)
 @pytest.mark.parametrize(
-    "scheme", ["int4/1x32*bf16+bf16", "int3/1x64*bf16", "e2m1/1x16*e4m3/tensor", "int8/row", "nf4/1x64*int8/1x256"]
+    "scheme",
+    [
+        "int4/1x32*bf16+bf16",
+        "int3/1x64*bf16",
+        "int3/1x48*bf16",
+        "uint5/1x24*bf16+uint8",
+        "e2m1/1x16*e4m3/tensor",
+        "int8/row",
+        "nf4/1x64*int8/1x256",
+    ],
 )
 def test_every_tiling_computes_the_same(scheme, tiling, device, poison):
     """Rows, tokens and columns that fill no tile; splits that leave the last one little or nothing."""
@@ -150,11 +164,11 @@ def test_every_tiling_finds_its_expert(tiling, device, poison):
 @pytest.mark.parametrize("shape", [(128, 256), (4096, 14336), (151936, 8192), (64, 16)])
 def test_what_is_chosen_can_run(shape, sm):
     for tokens in (1, 7, 16, 33, 64, 65, 200, 512, 513, 100000):
-        for at_most in (16, 32, 1 << 30):
-            tiling = w16.choose(tokens, *shape, sm, at_most=at_most)
+        for widest in (64, 128):
+            tiling = w16.choose(tokens, *shape, sm, widest=widest)
             assert (tiling is None) == (tokens > (512 if 90 <= sm < 120 else 256))
             if tiling is not None:
-                assert 16 <= tiling.bk <= at_most
+                assert 32 <= tiling.bk <= widest
                 assert (tiling.split - 1) * tiling.bk < shape[1], "each split has columns"
 
 
@@ -193,4 +207,9 @@ def test_a_kernel_says_what_it_wants(kernel):
     ):
         assert kernel.why_not(dataclasses.replace(here, **change)) == why
     odd = dataclasses.replace(here, scheme=scheme.replace("row", "1x24", 1), shape=(*shape[:-1], 240))
-    assert kernel.why_not(odd) == "wants blocks of a multiple of 16 columns, got int8/1x24"
+    assert kernel.why_not(odd) == ""
+
+
+def test_a_tile_too_narrow_is_refused():
+    with pytest.raises(ValueError, match="wants tiles of 32 columns or more, got bk=16"):
+        w16.Tiling(bn=128, bm=16, bk=16)

@@ -74,7 +74,7 @@ def test_the_number_of_tokens_that_w16_names_is_where_it_changes(sm):
     from lowp.kernels.triton_.w16 import choose
 
     most = int(re.search(r"above (\d+) tokens", answers("linear", "int4/1x128*bf16", "cuda", sm)["w16"])[1])
-    assert choose(most, 1024, 2048, sm, at_most=256) and choose(most + 1, 1024, 2048, sm, at_most=256) is None
+    assert choose(most, 1024, 2048, sm) and choose(most + 1, 1024, 2048, sm) is None
 
 
 def test_explain_answers_how_or_why_not():

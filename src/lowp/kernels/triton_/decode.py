@@ -41,7 +41,8 @@ class Numbers:
     Args:
         bits, kind, signed, mbits, bias, specials: as `Element` has them.
         unit: bits of what is loaded, 8 or 32. codes, units: P and O of the page above. levels: log2(P).
-        group: columns that share a scale; 0 where all columns do. scale_rows: rows that share one.
+        group: columns that share a scale; 0 where all columns do. even: the largest power of two that divides it, so that a tile
+            of as many columns lies in one group. scale_rows: rows that share a scale.
         scale_kind: "value" (a float or an integer, loaded), "e8m0", or "float" (codes of a small float).
         scale_bits, scale_mbits, scale_bias, scale_specials: of that small float.
         nested: the scale has a scale of its own, for nest_rows x nest_columns of them; centered: and a zero point.
@@ -59,6 +60,7 @@ class Numbers:
     units: int
     levels: int
     group: int
+    even: int
     scale_rows: int
     scale_kind: str
     scale_bits: int
@@ -79,7 +81,7 @@ class Plan:
     Args:
         rows, columns, stack: N, K and how many such matrices. row_units: units from one row of codes to the next.
         scale_columns: scales from one row of them to the next. nest_columns: likewise of the scales of scales.
-        scales, nests: of one matrix. at_most: the widest tile of columns that holds whole groups, or lies in one.
+        scales, nests: of one matrix.
     """
 
     numbers: Numbers
@@ -91,7 +93,6 @@ class Plan:
     nest_columns: int
     scales: int
     nests: int
-    at_most: int
 
 
 def why_not(fmt: Format, shape: tuple[int, ...]) -> str:
@@ -102,9 +103,6 @@ def why_not(fmt: Format, shape: tuple[int, ...]) -> str:
         return f"wants matrices (..., N, K), got shape {shape}"
     if fmt.nested is not None and fmt.nested.element.kind == "codebook":
         return f"wants scales in integers or floats, got {fmt}"
-    group = _group(fmt, shape)
-    if group and group % 16 and group & (group - 1):
-        return f"wants blocks of a multiple of 16 columns, got {fmt}"
     return ""
 
 
@@ -119,9 +117,7 @@ def plan(scheme: str, shape: tuple[int, ...]) -> Plan:
     fmt = Scheme.parse(scheme).weight
     element, nested, (rows, columns) = fmt.element, fmt.nested, shape[-2:]
     scale_shape, group = fmt.scale_shape(shape), _group(fmt, shape)
-    power = group & -group  # the largest power of two that divides it
-    at_most = power if group != power else 1 << 30
-    words = columns * element.bits % 32 == 0 and 32 % element.bits == 0 and 32 // element.bits <= min(at_most, 64)
+    words = columns * element.bits % 32 == 0 and 32 % element.bits == 0
     unit, codes = (32, 32 // element.bits) if words else (8, 8 // math.gcd(8, element.bits))
     nest_block = nested.block_dims(scale_shape) if nested else (1, 1)
     nest_shape = nested.scale_shape(scale_shape) if nested else (1, 1)
@@ -130,7 +126,7 @@ def plan(scheme: str, shape: tuple[int, ...]) -> Plan:
     numbers = Numbers(
         bits=element.bits, kind=element.kind, signed=element.signed, mbits=element.mbits, bias=element.bias,
         specials=element.specials, unit=unit, codes=codes, units=codes * element.bits // unit, levels=codes.bit_length() - 1,
-        group=group, scale_rows=fmt.block_dims(shape)[0],
+        group=group, even=group & -group, scale_rows=fmt.block_dims(shape)[0],
         scale_kind="float" if is_float else "e8m0" if small.name == "e8m0" else "value",
         scale_bits=small.bits, scale_mbits=small.mbits, scale_bias=small.bias, scale_specials=small.specials,
         nested=nested is not None, nest_rows=nest_block[0], nest_columns=nest_block[1],
@@ -139,7 +135,7 @@ def plan(scheme: str, shape: tuple[int, ...]) -> Plan:
     return Plan(
         numbers=numbers, rows=rows, columns=columns, stack=math.prod(shape[:-2]),
         row_units=-(-columns * element.bits // unit), scale_columns=scale_shape[-1], nest_columns=nest_shape[-1],
-        scales=math.prod(scale_shape[-2:]), nests=math.prod(nest_shape[-2:]), at_most=at_most,
+        scales=math.prod(scale_shape[-2:]), nests=math.prod(nest_shape[-2:]),
     )  # fmt: skip
 
 
@@ -250,19 +246,22 @@ def values_in(codes: tl.tensor, dtype: tl.constexpr, F: tl.constexpr) -> tl.tens
 
 @triton.jit
 def groups_at(k: tl.tensor, SC: tl.tensor, F: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
-    """The group that the columns [k, k + BK) lie in, a number; or the groups (G,). Columns past the end have the last."""
+    """The group that the columns [k, k + BK) lie in, a number; or the groups (G,) of each F.even of them. k: a multiple of BK.
+    Columns past the end have the last."""
     if F.group == 0:
         return k * 0
-    elif F.group >= BK:
+    elif F.even >= BK:
         return tl.minimum(k // F.group, SC - 1)
-    else:
+    elif F.even == F.group:  # consecutive, which the compiler sees
         return tl.minimum(k // F.group + tl.arange(0, BK // F.group), SC - 1)
+    else:
+        return tl.minimum((k + F.even * tl.arange(0, BK // F.even)) // F.group, SC - 1)
 
 
 @triton.jit
 def place(row_N: tl.tensor, g: tl.tensor, F: tl.constexpr, BK: tl.constexpr) -> tl.tensor:
     """Where the scales lie: (N,) for one group, (N, G) for more."""
-    if F.group == 0 or F.group >= BK:
+    if F.group == 0 or F.even >= BK:
         return row_N + g
     else:
         return row_N[:, None] + g[None, :]
@@ -360,12 +359,11 @@ def _decode(
     y = torch.empty((*(lead if ids is None else ids.shape), columns), dtype=computed_in(dtype), device=qdata.device)
     count = y.numel() // max(columns, 1)
     if count:
-        bk = min(128, p.at_most)
         launch(
-            decode_rows, (-(-count // 32), -(-columns // bk)),
+            decode_rows, (-(-count // 32), -(-columns // 128)),
             (qdata, scale, zero_point, scale_scale, scale_zero_point, table_of(scheme, torch.float32, qdata.device), ids, y),
             (count, p.rows, columns, p.row_units, p.scale_columns, p.nest_columns, p.scales, p.nests),
-            {"F": p.numbers, "BN": 32, "BK": bk, "EVEN": columns % bk == 0},
+            {"F": p.numbers, "BN": 32, "BK": 128, "EVEN": columns % 128 == 0},
             key=(scheme, lead, columns, dtype, ids is None or ids.dtype), warps=4, stages=1,
         )  # fmt: skip
     return y.to(dtype)

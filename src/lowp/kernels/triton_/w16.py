@@ -62,8 +62,12 @@ class Tiling:
     """How a product is cut.
 
     Args:
-        bn, bm, bk: rows of the weight, tokens and columns of a tile. split: parts that the columns are split in.
+        bn, bm, bk: rows of the weight, tokens and columns of a tile, powers of two. split: parts that the columns are split in.
         weight_left: the weight is the left operand. warps, stages: of a block and of its pipeline.
+
+    Raises:
+        ValueError: fewer than 32 columns. Where codes are joined from bytes, Triton (3.6) gives each of the four threads of a row
+            eight columns of an operand, however few the tile has, and the product of 16 is wrong without a word.
     """
 
     bn: int
@@ -73,6 +77,10 @@ class Tiling:
     weight_left: bool = True
     warps: int = 4
     stages: int = 4
+
+    def __post_init__(self) -> None:
+        if self.bk < 32:
+            raise ValueError(f"wants tiles of 32 columns or more, got bk={self.bk}: take a wider tile")
 
 
 def _big(sm: int) -> bool:
@@ -85,46 +93,26 @@ def _most_tokens(sm: int) -> int:
     return 512 if _big(sm) else 256
 
 
-def choose(tokens: int, rows: int, columns: int, sm: int, *, at_most: int, experts: int = 1) -> Tiling | None:
+def choose(tokens: int, rows: int, columns: int, sm: int, *, widest: int = 128, experts: int = 1) -> Tiling | None:
     """The tiling by rule; None: decode the weight once, then torch's own product.
 
     Args:
-        tokens: of all experts together. rows, columns: N, K of one. sm: 90 for Hopper. at_most: the widest tile of columns.
+        tokens: of all experts together. rows, columns: N, K of one. sm: 90 for Hopper. widest: tile of columns.
     """
     each, big = -(-tokens // experts), _big(sm)
     if each > _most_tokens(sm):
         return None
-    bk = min(128, at_most)
     if each > 64:
         bm, bn = (128, 128) if each > 128 and big else (64, 128)
-        return Tiling(bn=bn, bm=bm, bk=min(64, bk), weight_left=False, warps=8 if bm == 128 else 4, stages=3)
+        return Tiling(bn=bn, bm=bm, bk=64, weight_left=False, warps=8 if bm == 128 else 4, stages=3)
     bm = 16 if each <= 16 else 32 if each <= 32 else 64
     bn = 64 if rows * experts >= 8192 or big else 32
     tiles = -(-rows // bn) * experts
     split = 1
-    if (
-        experts == 1
-    ):  # as many blocks as two rounds of about 128 processors hold, and at least four tiles of columns each
-        while tiles * split < 256 and columns // (2 * split * bk) >= 4 and split < 16:
+    if experts == 1:  # two rounds of about 128 processors, and at least four tiles of columns a block
+        while tiles * split < 256 and columns // (2 * split * widest) >= 4 and split < 16:
             split *= 2
-    return Tiling(bn=bn, bm=bm, bk=bk, split=split, stages=4 if bm < 64 else 3)
-
-
-def candidates(tokens: int, columns: int, at_most: int) -> list[Tiling]:
-    """Tilings worth measuring for a number of tokens."""
-    bks = sorted({min(bk, at_most) for bk in (64, 128, 256)})
-    if tokens > 64:
-        shapes = ((64, 64, 4), (128, 64, 4), (128, 128, 8), (256, 64, 8), (128, 64, 8), (64, 128, 4))
-        return [
-            Tiling(bn=bn, bm=bm, bk=bk, weight_left=left, warps=warps, stages=stages)
-            for bn, bm, warps in shapes for bk in bks[:2] for left in (False, True) for stages in (3, 4)
-        ]  # fmt: skip
-    bm = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    return [
-        Tiling(bn=bn, bm=bm, bk=bk, split=split, warps=warps, stages=stages)
-        for bn, warps in ((32, 4), (64, 4), (128, 4), (128, 8)) for bk in bks for split in (1, 2, 4) for stages in (2, 4)
-        if columns >= 2 * split * bk
-    ]  # fmt: skip
+    return Tiling(bn=bn, bm=bm, bk=widest, split=split, stages=4 if bm < 64 else 3)
 
 
 # -- the kernels ------------------------------------------------------------------------------------------------------
@@ -324,8 +312,8 @@ def tiled(
 @functools.lru_cache(maxsize=65536)
 def _chosen(tokens: int, scheme: str, shape: tuple[int, ...], sm: int) -> Tiling | None:
     p = plan(scheme, shape)
-    at_most = min(p.at_most, 64) if p.numbers.kind == "codebook" else p.at_most  # an address a look-up: registers
-    return choose(tokens, p.rows, p.columns, sm, at_most=at_most, experts=p.stack)
+    widest = 64 if p.numbers.kind == "codebook" else 128  # an address a look-up: registers
+    return choose(tokens, p.rows, p.columns, sm, widest=widest, experts=p.stack)
 
 
 _SCHEMA = "Tensor qdata, Tensor scale, Tensor? zero_point, Tensor? scale_scale, Tensor? scale_zero_point"
@@ -372,9 +360,7 @@ def _grouped(
     if tiling is None and (offs is None or torch_can):
         w_ENK = torch.ops.lowp.decode(*parts, None, scheme, columns, x.dtype)
         return x @ w_ENK.mT if offs is None else torch._grouped_mm(x.contiguous(), w_ENK.mT, offs=offs)
-    tiling = tiling or Tiling(
-        bn=128, bm=64, bk=min(64, plan(scheme, (experts, rows, columns)).at_most), weight_left=False, stages=3
-    )
+    tiling = tiling or Tiling(bn=128, bm=64, bk=64, weight_left=False, stages=3)
     return tiled(x.contiguous(), parts, scheme, tiling, offs=offs)
 
 
