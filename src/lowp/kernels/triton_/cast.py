@@ -34,7 +34,8 @@ from ...numerics import ELEMENTS, Format, Parts
 from ...numerics.math import RULES, ZERO_POINT_DTYPES
 from ...ops.cast import codes_reference, fake_reference, reference
 from ...ops.registry import Case, Kernel, device_capability
-from .launch import INTERPRETED, aligned, define, launch, plain
+from . import interpreted, why_not_portable
+from .launch import aligned, define, launch, plain
 
 _WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
@@ -42,7 +43,7 @@ _PROGRAMS = 512  # at most, that look for the largest magnitude of a tensor
 
 CODES, VALUES, AS_FLOAT = 0, 1, 2
 
-_NO_FMA = tl.constexpr(INTERPRETED)
+_NO_FMA = tl.constexpr(interpreted())
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: the step between floats of this size is 1
 _TINY = tl.constexpr(2.0**-126)
 _HUGE = tl.constexpr(2.0**60)  # a quotient that large saturates in every element
@@ -440,7 +441,7 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
 def _constants(fmt: Format, sm: int) -> tuple[Any, ...]:
     element, rule = fmt.element, RULES[fmt.rule]
     integer = element.kind == "int"
-    native = {"e4m3": 1, "e5m2": 2}.get(element.name, 3) if sm >= 89 and not INTERPRETED else 3
+    native = {"e4m3": 1, "e5m2": 2}.get(element.name, 3) if sm >= 89 and not interpreted() else 3
     largest = (element.max - element.min) / 2 if fmt.rule == "symmetric" else element.largest
     if fmt.rule == "even":
         above = 1 << (23 - (element.bits - 2 if integer else element.mbits) - 1)
@@ -668,12 +669,8 @@ define(
 
 
 def _why_not(case: Case, by_token: bool = False) -> str:
-    if case.device != "cuda":
-        return f"wants cuda, got {case.device}"
-    if case.sm < 80:
-        return f"wants sm80, got sm{case.sm}"
-    if case.dtype not in ("bfloat16", "float16", "float32"):
-        return f"wants bfloat16, float16 or float32, got {case.dtype}"
+    if refused := why_not_portable(case):
+        return refused
     fmt = case.weight
     if by_token and (fmt.block not in ("row", "tensor") or fmt.nested is not None or fmt.scale == "e8m0"):
         return f"wants a scale for each token or the tensor, got {fmt}"

@@ -14,12 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-KERNELS = ()
+from . import interpreted
 
-INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
+KERNELS = ()
 
 _COMPILED: dict[Any, Any] = {}
 
@@ -47,7 +46,7 @@ def _first(
 ) -> None:  # fmt: skip
     # Nothing is contracted to a fused multiply-add that the kernel's text does not ask for: bytes are compared exactly.
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
-    if INTERPRETED:
+    if interpreted():
         kernel[grid](*args, *constants, **options)
         return
     with torch.cuda.device(device):

@@ -39,6 +39,7 @@ from ...numerics import known_formats
 from ...ops.how import decoded, float_units, short, with_activation
 from ...ops.linear import act_values
 from ...ops.registry import Case, Kernel, device_capability
+from . import why_not_portable
 from .decode import (
     Plan,
     codes_tile,
@@ -402,12 +403,8 @@ def _run_embedding(ids: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) 
 
 
 def _why_not(case: Case, axes: int) -> str:
-    if case.device != "cuda":
-        return f"wants cuda, got {case.device}"
-    if case.sm < 80:
-        return f"wants sm80, got sm{case.sm}"
-    if case.dtype not in ("bfloat16", "float16", "float32"):
-        return f"wants bfloat16, float16 or float32, got {case.dtype}"
+    if refused := why_not_portable(case):
+        return refused
     if axes and len(case.shape) != axes:
         return f"wants a weight of {axes} axes, got shape {case.shape}"
     return why_not_decoded(case.weight, case.shape)

@@ -32,8 +32,9 @@ from ...ops.how import native
 from ...ops.registry import Case, Kernel
 from ..torch_.int_mm import int_mm
 from ..torch_.scaled_mm import scaled_mm_blocks, scaled_mm_rows
+from . import interpreted
 from .cast import Cast, cast_tensors, plan_of, why_not_format
-from .launch import INTERPRETED, aligned, define, launch, plain
+from .launch import aligned, define, launch, plain
 
 _COUNTERS = 2048  # at most, of tiles whose columns are shared out
 
@@ -378,7 +379,7 @@ def linear(
     more = int(about.zero and tokens < 64)  # a token of ones
     if tiled is None:
         tiled = choose(tokens + more, rows, columns, _sm(x_MK), about.kind, dtype)
-    if tiled is None and INTERPRETED:
+    if tiled is None and interpreted():
         tiled = tiling(tokens, rows, columns, _sm(x_MK), about.kind)
     more = int(more and tiled is not None and tiled.swap and tokens < tiled.bm)
     w_NK, w_scale = w_NK.contiguous(), w_scale.contiguous()
