@@ -1,5 +1,6 @@
 """FSDP2 and tensor parallel with QTensor parameters: 2 processes over gloo give what one process gives."""
 
+import faulthandler
 import os
 import socket
 
@@ -61,6 +62,7 @@ def tensor_parallel(rank, device, mesh):
 
 
 def work(rank, world, port, what, device_type):
+    faulthandler.enable()  # a crash inside a collective shows its line
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
     torch.set_num_threads(1)

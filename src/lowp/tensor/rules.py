@@ -568,10 +568,14 @@ def _communicate() -> None:
         first = args[0][0]
         names = (first[0] if isinstance(first, (list, tuple)) else first).packed
         tensors = 1 if func is c10d.broadcast_.default else 2
-        works = [func(*(each(arg, name) for arg in args[:tensors]), *args[tensors:], **kwargs) for name in names]
+        # Always asynchronous: a synchronous NCCL collective returns a null Work, and waiting for it is a crash. Who asked
+        # for a synchronous one waits for the Work that is returned (torch.distributed.distributed_c10d).
+        is_async = [str(argument.type) for argument in func._schema.arguments].index("bool")
+        rest = [*args[tensors:is_async], True, *args[is_async + 1 :]]
+        works = [func(*(each(arg, name) for arg in args[:tensors]), *rest, **kwargs)[-1] for name in names]
         for work in works[:-1]:
-            work[-1].wait()
-        return (args[0], works[-1][-1])
+            work.wait()
+        return (args[0], works[-1])
 
 
 _communicate()
