@@ -35,7 +35,7 @@ from ...numerics.math import RULES, ZERO_POINT_DTYPES
 from ...ops.cast import codes_reference, fake_reference, reference
 from ...ops.registry import Case, Kernel, device_capability
 from . import interpreted, why_not_portable
-from .launch import aligned, define, launch, plain
+from .launch import aligned, begin, define, launch, plain
 
 _WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
@@ -222,8 +222,11 @@ def _largest(part_ptr, parts, PARTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["pre_ptr"])
-def _amax_kernel(x_ptr, pre_ptr, part_ptr, total, K, TILE: tl.constexpr, PRE: tl.constexpr, XROUND: tl.constexpr):
+def _amax_kernel(
+    x_ptr, pre_ptr, part_ptr, total, K, TILE: tl.constexpr, PRE: tl.constexpr, XROUND: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     """The largest magnitude of every so many tiles, as bits: one number a program."""
+    begin(EARLY)
     lane = tl.arange(0, TILE)
     largest = tl.zeros((TILE,), dtype=tl.int32)
     start = tl.program_id(0).to(tl.int64) * TILE
@@ -257,11 +260,12 @@ def _cast_kernel(
     FILL: tl.constexpr, KIND: tl.constexpr, MBITS: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr,
     BITS: tl.constexpr, NAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, LARGEST: tl.constexpr,
     RECIPROCAL: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr, EMAX: tl.constexpr,
-    ABOVE: tl.constexpr, OUTER: tl.constexpr,
+    ABOVE: tl.constexpr, OUTER: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile. ACROSS: scales stand (K/G, rows). TENSOR: blocks only cut the work, one scale serves all.
 
     MODE: 0 codes, 1 values, 2 codes as floats. FILL: so many numbers are set to zero. The rest is `_constants`."""
+    begin(EARLY)
     block = tl.program_id(0) * RB + tl.arange(0, RB)
     lane = tl.arange(0, GP)
     row, column = block // BPR, block % BPR

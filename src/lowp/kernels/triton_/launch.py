@@ -5,16 +5,24 @@ names with a key all that its kernel was specialized for, so that the next call 
 must hold what Triton would look at: dtypes, which pointers are multiples of 16, which arguments are None, the device. Integers
 are either multiples of 16 by contract or listed in `do_not_specialize`.
 
+From sm90 on a kernel is launched while the one before still runs (CUDA C++ Programming Guide, "programmatic dependent launch"):
+its launch, and what it does before `begin`, cost no time of their own. Before `begin`, nothing may be written, and nothing read
+that another kernel wrote. Every kernel has the constant EARLY, its last, which says so.
+
 Under TRITON_INTERPRET=1 nothing is compiled, and tensors may lie on the CPU.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import interpreted
 
@@ -23,11 +31,24 @@ KERNELS = ()
 _COMPILED: dict[Any, Any] = {}
 
 
+@triton.jit
+def begin(EARLY: tl.constexpr):
+    """Let the next kernel be launched, and wait until what the one before wrote can be read."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@functools.cache
+def _early(device: torch.device) -> bool:
+    return not interpreted() and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def launch(
     kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: Callable[[], tuple[Any, ...]],
     device: torch.device, warps: int, stages: int = 1,
 ) -> None:  # fmt: skip
-    """Start `kernel` with arguments and, behind them, its constants, which are asked for once for each key."""
+    """Start `kernel` with arguments and, behind them, its constants, which are asked for once for each key, and EARLY."""
     found = _COMPILED.get(key)
     if found is None:
         _first(kernel, key, grid, args, constants(), device, warps, stages)
@@ -44,8 +65,10 @@ def _first(
     kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...],
     device: torch.device, warps: int, stages: int,
 ) -> None:  # fmt: skip
+    early = _early(device)
+    constants = (*constants, early)
     # Nothing is contracted to a fused multiply-add that the kernel's text does not ask for: bytes are compared exactly.
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False, launch_pdl=early)
     if interpreted():
         kernel[grid](*args, *constants, **options)
         return
