@@ -7,7 +7,8 @@
 The model is Llama's block in plain torch: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases; random weights,
 made on the device. Only time is measured here, so the numbers need not mean anything, but they stay finite. What engines do is
 done here too: a static KV cache, each block compiled by torch.compile (one graph for all layers), a whole step captured in a CUDA
-graph; the position lives in a tensor, so that one graph serves every step.
+graph; the position lives in a tensor, so that one graph serves every step. From sm90 on the compiler's kernels too begin while
+the one before ends (inductor's `triton.enable_pdl`), in bf16 as in every scheme.
 
     decode    batch 1, in a cache of --context tokens, half of them filled before: the median replay
     prefill   --prompt tokens, the logits of the last: the median replay
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -114,6 +116,14 @@ def one_query(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tens
     return (shares @ values).reshape(1, heads, 1, size)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """argmax of (1, vocabulary) as (1, 1), in two steps: over one long row it would run on a single multiprocessor."""
+    width = logits.shape[1] // math.gcd(logits.shape[1], 256)
+    best, at = logits.view(-1, width).max(dim=-1)
+    piece = best.argmax(dim=0, keepdim=True)
+    return (piece * width + at[piece]).unsqueeze(0)
+
+
 class Llama(nn.Module):
     """Embedding, blocks, norm, lm_head."""
 
@@ -188,7 +198,7 @@ class Run:
     def step(self) -> None:
         """One token more: read where the last step left off, choose the likeliest, move on."""
         self.logits.copy_(self.forward(self.token, self.position))
-        self.token.copy_(self.logits.argmax(dim=-1, keepdim=True))
+        self.token.copy_(likeliest(self.logits))
         self.position.add_(1)
 
     def at(self, position: int) -> None:
@@ -343,6 +353,8 @@ def main(words: Sequence[str] | None = None) -> int:
     size = TINY if args.model == "tiny" else model_of(args.model)
     args.layers = args.layers or size.layers
     settings = dict(context=args.context, prompt=args.prompt, steps=args.steps, mode=args.mode)
+    if args.device.startswith("cuda") and torch.cuda.get_device_capability()[0] >= 9:
+        torch._inductor.config.triton.enable_pdl = True
     floats = random_model(size, args.layers, args.fused, args.device)
     found: list[tuple[str, str, Measured]] = []
     wrong: list[str] = []

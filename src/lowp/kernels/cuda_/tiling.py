@@ -121,7 +121,7 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     """The tiling of a batch by rule; None where no tiling suits these columns.
 
     Up to 64 tokens what counts is that enough bytes are on their way: blocks of 64 rows, their columns split until there are
-    about two for each multiprocessor; with plenty of rows larger blocks, which read x less often. Above, a model of the time.
+    two or three for each multiprocessor; with plenty of rows larger blocks, which read x less often. Above, a model of the time.
     """
     found = candidates(tokens, columns, numbers)
     if not found:
@@ -130,14 +130,20 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
         # What the model was fitted to.
         fitted = [one for one in found if (one.mt, one.wgs) == (1, 1 if one.bm == 64 else 2)]
         return min(fitted or found, key=lambda one: estimate_us(one, tokens, rows, columns, processors))
-    bm, units, chunks, split = found[0].bm, -(-rows // UNIT), columns // UNIT, 1
-    enough, least = (1.6 * processors, 16) if bm <= 16 else (1.45 * processors, 24)
-    while split < 8 and units * split < enough and chunks // (2 * split) >= least:
+    bm, units, chunks = found[0].bm, -(-rows // UNIT), columns // UNIT
+    mt, wgs, split = 1, 1, 1
+    if bm == 64 and 8 * units < 1.45 * processors:  # so few rows that the tokens are shared out too
+        bm, least, enough = 32, 8, 1.45
+    else:
+        least, enough = 16, 2.4 if bm <= 16 else 1.45
+    while split < 8 and units * split < enough * processors and chunks // (2 * split) >= least:
         split *= 2
-    mt, wgs = 1, 1
-    if units >= 3.3 * processors and bm == 64:
-        mt, wgs = 2, 2
-    elif (units >= 1.6 * processors and bm <= 32) or numbers["KIND"] == 2:  # a codebook's table is filled once a block
+    if bm > 16 and units >= 1.6 * processors:
+        mt, wgs = (2, 2) if bm == 64 and units >= 3.3 * processors else (1, 2)
+        split = 2 if units <= 2 * processors else 1
+    elif bm == 8 and 0.3 * processors <= units <= 0.62 * processors:
+        mt, split = 2, min(8, 2 * split)
+    if numbers["KIND"] == 2:  # a codebook's table is filled once a block
         mt, wgs = 1, 2
     suited = [one for one in found if (one.bm, one.mt, one.wgs) == (bm, mt, wgs)] or found
     return min(suited, key=lambda one: abs(one.split - split))

@@ -41,14 +41,6 @@ _COUNTERS = 2048  # at most, of tiles whose columns are shared out
 # -- the kernel -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _prefetch(lines):
-    """Ask for lines of 128 bytes in the L2. Nothing is read: what is written to them later is not missed."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @triton.jit(
     do_not_specialize=["M"],
     do_not_specialize_on_alignment=["xs_ptr", "ws_ptr", "zero_ptr", "sum_ptr", "bias_ptr", "part_ptr", "count_ptr"],
@@ -57,11 +49,10 @@ def _product_kernel(
     x_ptr, w_ptr, y_ptr, xs_ptr, ws_ptr, zero_ptr, sum_ptr, bias_ptr, part_ptr, count_ptr, M, N, xs_rows,
     K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, SWAP: tl.constexpr,
     GROUP: tl.constexpr, XS: tl.constexpr, WS: tl.constexpr, INTEGER: tl.constexpr, EXACT: tl.constexpr, ONES: tl.constexpr,
-    AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One tile, or one part of its columns. XS, WS: 0 one scale, 1 by row, 2 by 1x128, 3 by 128x128. ONES: token M is ones.
-
-    AHEAD: so many steps' worth of the weight is brought to the L2 while the cast still runs."""
+    """One tile, or one part of its columns. XS, WS: 0 one scale, 1 by row, 2 by 1x128, 3 by 128x128. ONES: token M is ones."""
+    begin(EARLY)
     BLOCKED: tl.constexpr = WS >= 2
     STEPS: tl.constexpr = (K + BK - 1) // BK // SPLIT
     WHOLE: tl.constexpr = K % BK == 0
@@ -78,11 +69,6 @@ def _product_kernel(
     # Rows beyond the end repeat the last one; they are not stored.
     n_in = tl.minimum(n, N - 1)
     m_in = tl.minimum(m, M if ONES else M - 1)
-    if EARLY and WHOLE and AHEAD > 0:
-        lines = w_ptr + n_in[:, None].to(tl.int64) * K + (part * STEPS * BK + tl.arange(0, BK // 128) * 128)[None, :]
-        for ahead in tl.static_range(AHEAD if AHEAD < STEPS else STEPS):
-            _prefetch(lines + ahead * BK)
-    begin(EARLY)
 
     if SWAP:
         acc = tl.zeros((BN, BM), dtype=SUM)
@@ -146,7 +132,7 @@ def _product_kernel(
     if last:
         if SPLIT > 1:
             acc = tl.load(parts + place, cache_modifier=".cg")
-            for other in range(1, SPLIT):
+            for other in tl.range(1, SPLIT, loop_unroll_factor=4):  # loads in flight together
                 acc += tl.load(parts + other * (BM * BN) + place, cache_modifier=".cg")
         if zero_ptr is not None:
             zero = tl.load(zero_ptr + tl.minimum(m, M - 1)).to(tl.int32)
@@ -334,7 +320,7 @@ def product(
     def constants() -> tuple[Any, ...]:
         return (
             columns, tiled.bm, tiled.bn, tiled.bk, tiled.split, tiled.swap, tiled.group, about.x_scales, about.w_scales,
-            about.kind == "int8", exact, ones, tiled.stages if tiled.swap and tiled.bk >= 128 else 0,
+            about.kind == "int8", exact, ones,
         )  # fmt: skip
 
     xs_rows = x.scale.stride(1) if about.x_scales == 2 else 16
