@@ -149,13 +149,13 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     return min(suited, key=lambda one: abs(one.split - split))
 
 
-# Microseconds by tokens of a tile, fitted to sweeps on an H100 (what is chosen is 1 % slower than the best on average, 10 % at
+# Microseconds by tokens of a tile, fitted to sweeps on an H100 (what is chosen is 0.4 % slower than the best on average, 10 % at
 # worst): of a chunk of 64 columns, of a block's end, of the first share of a cluster's sums, of streaming.
-_CHUNK = {64: 0.108, 128: 0.342, 256: 0.581}
-_END = {64: 0.94, 128: 0.82, 256: 0.50}
-_ADD = {64: 0.54, 128: 3.0, 256: 6.0}
-_STREAM = {64: 5.0, 128: 8.0, 256: 20.8}
-_START, _ADD_BLOCK, _CHAIN = 3.7, 0.39, 0.235
+_CHUNK = {64: 0.135, 128: 0.372, 256: 0.703}
+_END = {64: 0.60, 128: 1.33, 256: 0.0}
+_ADD = {64: 0.34, 128: 1.74}
+_STREAM = {128: 10.9, 256: 13.9}
+_START, _ADD_BLOCK, _CHAIN = 2.75, 0.25, 0.29
 
 
 def estimate_us(tiling: Tiling, tokens: int, rows: int, columns: int, processors: int) -> float:

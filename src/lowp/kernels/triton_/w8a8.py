@@ -216,20 +216,25 @@ def by_torch(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: to
         return sm < 90 and tokens > 256 and rows % 8 == 0 and columns % 8 == 0
     if kind == "blocks":
         return sm == 90 and dtype == torch.bfloat16 and columns % 512 == 0
-    return dtype == torch.bfloat16 and sm >= 89
+    return dtype == torch.bfloat16 and sm >= 89 and _tiles(tokens, rows, 64) > _PROCESSORS.get(sm, 132)
+
+
+def _tiles(tokens: int, rows: int, side: int) -> int:
+    """How many square tiles a product has."""
+    return -(-tokens // side) * -(-rows // side)
 
 
 @functools.lru_cache(maxsize=65536)
 def tiling(tokens: int, rows: int, columns: int, sm: int, kind: str) -> Tiling:
-    """Triton's tiling, by rule: few tokens, much of the weight in flight; many tokens, large tiles."""
-    few = (
-        sm >= 90 and tokens <= 512 and -(-tokens // 128) * -(-rows // 128) < 128
-    )  # large tiles would leave processors idle
-    if tokens <= 64 or few:
+    """Triton's tiling, by rule: few tokens, much of the weight in flight; many, the largest tiles that keep the GPU busy."""
+    processors = _PROCESSORS.get(sm, 132)
+    if tokens <= 64 or (sm >= 90 and _tiles(tokens, rows, 64) <= 2 * processors):
         bm = min(64, max(16, triton.next_power_of_2(tokens)))
         narrow = kind == "blocks" or bm == 64  # two programs fit a processor
         made = Tiling(bm=bm, bn=64, bk=128 if narrow else 256, stages=6 if narrow else 4)
-    elif sm < 90 or kind == "blocks" or tokens <= 256:
+    elif sm >= 90 and _tiles(tokens, rows, 128) <= processors:
+        made = Tiling(bm=128, bn=128, bk=128, swap=False, warps=8 if kind == "blocks" else 4, stages=4)
+    elif sm < 90 or kind == "blocks":
         made = Tiling(
             bm=64 if tokens <= 128 else 128, bn=128, bk=128, swap=False, warps=8 if tokens > 128 else 4, stages=4
         )
@@ -239,7 +244,7 @@ def tiling(tokens: int, rows: int, columns: int, sm: int, kind: str) -> Tiling:
 
 
 def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
-    """The tiling made to fit K and the shared memory, its columns shared out so that the last round of programs is a full one."""
+    """The tiling made to fit K and the shared memory; the columns of small tiles are shared out where that ends sooner."""
     bk = made.bk
     while bk > 32 and columns % bk and columns % (bk // 2) < columns % bk:
         bk //= 2
@@ -251,14 +256,13 @@ def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
     tiles, steps = -(-tokens // made.bm) * -(-rows // made.bn), columns // bk
     resident = max(1, min(room // made.shared, 16 // made.warps, 4))
     slots = _PROCESSORS.get(sm, 132) * resident
-    if columns % bk or tiles > min(_COUNTERS, 2 * slots):
-        return made
+    if columns % bk or not made.swap or tiles > min(_COUNTERS, 2 * slots):
+        return made  # large tiles keep their columns: their sums do not fit the registers twice
     fitting = [split for split in range(1, 17) if steps % split == 0 and (split == 1 or steps // split >= 4)]
+    sums = 44 * made.bm  # what it costs to add the sums of others, in columns, measured
 
     def cost(split: int) -> float:
-        rounds = tiles * split / slots
-        sums = 4 * tokens / columns * split if split > 1 else 0.0  # bytes of the workspace, beside those of the weight
-        return -(-tiles * split // slots) / rounds + 0.02 * split + sums
+        return columns / split * -(-tiles * split // slots) + (sums + 64 * split if split > 1 else 0)
 
     return replace(made, split=min(fitting, key=cost))
 
