@@ -8,13 +8,8 @@ A program holds a tile of whole blocks in registers: one token or several where 
 32 or 128 columns otherwise. One scale for the tensor (int8/tensor, and the outer scale of NVFP4) needs the largest magnitude of
 all first: a launch that answers one maximum a program, which the second launch reads.
 
-What exactness asks for:
-  - amax is a maximum of bits, not of floats: NaN is larger than infinity there, so neither is lost.
-  - Triton's `/` is approximate on a GPU. A quotient is x * (1 / s), corrected by the remainder with fused multiply-adds, both
-    operands first moved by the power of two that brings s to [1, 2): as IEEE's division, bit for bit (Markstein, "IA-64 and
-    elementary functions", section 8). The interpreter does not fuse, there it is numpy's division.
-  - Integers are rounded by adding 1.5 * 2**23, which leaves them in the low bits: nearest, ties to even.
-  - float8 is the hardware's own conversion from sm89 on (saturating, NaN kept), elsewhere arithmetic as in `Element.encode`.
+amax is a maximum of bits, not of floats: NaN is larger than infinity there, so neither is lost. How numbers are rounded, to the
+very bytes of `numerics`, stands in `rounding.py`.
 
 Legend: M tokens, K columns; a tile is RB blocks of G columns, GP = G rounded up to a power of two.
 """
@@ -36,6 +31,21 @@ from ...ops.cast import codes_reference, fake_reference, reference
 from ...ops.registry import Case, Kernel, device_capability
 from . import interpreted, why_not_portable
 from .launch import aligned, begin, define, launch, plain
+from .rounding import (
+    MAGIC,
+    TINY,
+    at_least,
+    bits_of,
+    e8m0_code,
+    e8m0_value,
+    encode,
+    float_of,
+    quotient,
+    rounded,
+    stored_scale,
+    to_bf16,
+    widen,
+)
 
 _WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
@@ -43,182 +53,13 @@ _PROGRAMS = 512  # at most, that look for the largest magnitude of a tensor
 
 CODES, VALUES, AS_FLOAT = 0, 1, 2
 
-_NO_FMA = tl.constexpr(interpreted())
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: the step between floats of this size is 1
-_TINY = tl.constexpr(2.0**-126)
-_HUGE = tl.constexpr(2.0**60)  # a quotient that large saturates in every element
-
-# -- numbers ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _bits(x):
-    return x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def _float(bits):
-    return bits.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _widen(x):
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def _to_bf16(x):
-    if _NO_FMA:  # the interpreter does not round to nearest even
-        bits = _bits(x)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x == x, rounded, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
-
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """x in float32, after a visit to bf16 (1) or fp16 (2)."""
-    if DTYPE == 1:
-        return _widen(_to_bf16(x))
-    elif DTYPE == 2:
-        return x.to(tl.float16).to(tl.float32)
-    else:
-        return x
-
-
-@triton.jit
-def _quotient(x, s, STATIC: tl.constexpr):
-    """x / s, rounded as IEEE rounds; s is positive, infinite or NaN, one for each row of the tile.
-
-    A quotient beyond 2**59 may come out smaller."""
-    if _NO_FMA:
-        return tl.div_rn(x, s)
-    else:
-        exponent = tl.minimum(_bits(s) & 0x7F800000, 0x7E800000)
-        shift = _float(0x7F000000 - exponent)
-        shift = tl.where(s == float("inf"), 0.0, shift)
-        d = tl.where(s == float("inf"), 1.0, s * shift)
-        r = tl.div_rn(1.0, d)
-        a = x * shift
-        if STATIC:  # elsewhere x / s is at most the element's largest value
-            a = tl.where(a > _HUGE, _HUGE, tl.where(a < -_HUGE, -_HUGE, a))
-        q = a * r
-        q = tl.fma(tl.fma(-q, d, a), r, q)
-        q = tl.fma(tl.fma(-q, d, a), r, q)
-        return _float(_bits(q) | (_bits(x) & -2147483648))  # the sum of -0.0 and 0.0 is 0.0
-
-
-@triton.jit
-def _small_float(
-    q, MBITS: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr, NAN: tl.constexpr
-):
-    """Code and value of the nearest small float; LOWEST: float32's exponent field of its smallest normal value."""
-    magnitude = tl.abs(q)
-    magnitude = tl.where(magnitude < TOP, magnitude, TOP)
-    exponent = tl.maximum(_bits(magnitude) >> 23, LOWEST)
-    steps = magnitude * _float((254 + MBITS - exponent) << 23) + _MAGIC
-    sign = _bits(q) & -2147483648
-    code = (_bits(steps) & 0x3FFFFF) + ((exponent - LOWEST) << MBITS)
-    code = code | ((sign >> (32 - BITS)) & (1 << (BITS - 1)))
-    value = _float(_bits((steps - _MAGIC) * _float((exponent - MBITS) << 23)) | sign)
-    if NAN:
-        code = tl.where(q == q, code, 0x7F)
-        value = tl.where(q == q, value, q)
-    return code.to(tl.uint8), value
-
-
-@triton.jit
-def _encode(
-    q, KIND: tl.constexpr, MBITS: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr, NAN: tl.constexpr,
-    QMIN: tl.constexpr, QMAX: tl.constexpr,
-):  # fmt: skip
-    """Code and value of the nearest element. KIND: 0 integer, 1 e4m3 and 2 e5m2 by the hardware, 3 float by arithmetic."""
-    if KIND == 0:
-        q = tl.where(q == q, q, 0.0)
-        steps = tl.minimum(tl.maximum(q, QMIN), QMAX) + _MAGIC
-        code = _bits(steps)
-        return code.to(tl.int8 if QMIN < 0 else tl.uint8), steps - _MAGIC
-    elif KIND == 1:
-        code = q.to(tl.float8e4nv)
-        return code.to(tl.uint8, bitcast=True), code.to(tl.float32)
-    elif KIND == 2:
-        code = q.to(tl.float8e5)
-        return code.to(tl.uint8, bitcast=True), code.to(tl.float32)
-    else:
-        return _small_float(q, MBITS, LOWEST, TOP, BITS, NAN)
-
-
-# -- scales -----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _e8m0(amax, RULE: tl.constexpr, EMAX: tl.constexpr, ABOVE: tl.constexpr, INTEGER: tl.constexpr):
-    """The code of a power of two, as `numerics.math.e8m0_scale`. RULE: 0 floor, 1 ceil, 2 rceil, 3 even (ABOVE is added)."""
-    bits = _bits(amax)
-    exponent = (bits >> 23) & 0xFF
-    if RULE == 3:
-        exponent = ((bits + ABOVE) >> 23) & 0xFF
-    elif RULE != 0:
-        exponent += ((bits & 0x7FFFFF) > ABOVE).to(tl.int32)
-    code = tl.minimum(tl.maximum(exponent - EMAX, 0), 0xFE)
-    if RULE == 2:
-        code = tl.where(bits == 0x7F800000, 0xFE, code)
-    lost = (bits >= 0x7F800000) if INTEGER else (bits > 0x7F800000)
-    return tl.where(lost, 0xFF, code)
-
-
-@triton.jit
-def _e8m0_value(code):
-    value = _float(tl.where(code == 0, 0x00400000, code << 23))  # 2**-127 is subnormal
-    return tl.where(code == 0xFF, float("nan"), value)
-
-
-@triton.jit
-def _at_least(x, low: tl.constexpr):
-    return tl.where(x < low, low, x)  # NaN stays
-
-
-@triton.jit
-def _stored(scale, outer, SCALE: tl.constexpr):
-    """A scale as it is stored, its value, and its inverse. SCALE: 0 fp32, 1 bf16, 2 fp16, 3 e4m3, 5 e4m3 under `outer`."""
-    if SCALE == 0:
-        value = _at_least(scale, _TINY)
-        return value, value, tl.div_rn(1.0, value)
-    elif SCALE == 1:
-        top: tl.constexpr = 3.3895313892515355e38  # bf16's largest, (2 - 2**-7) * 2**127
-        held = _at_least(scale, _TINY)
-        held = tl.where((held > top) & (held != float("inf")), top, held)
-        stored = _to_bf16(held)
-        value = _widen(stored)
-        return stored, value, tl.div_rn(1.0, value)
-    elif SCALE == 2:
-        held = _at_least(scale, 2.0**-24)
-        held = tl.where((held > 65504.0) & (held != float("inf")), 65504.0, held)
-        stored = held.to(tl.float16)
-        value = stored.to(tl.float32)
-        return stored, value, tl.div_rn(1.0, value)
-    elif SCALE == 3:
-        held = tl.where(scale == float("inf"), float("nan"), _at_least(scale, 2.0**-6))
-        stored, value = _small_float(held, 3, 121, 448.0, 8, True)
-        return stored, value, tl.div_rn(1.0, value)
-    else:
-        held = _at_least(tl.div_rn(_at_least(scale, _TINY), outer), 2.0**-6)
-        stored, by = _small_float(held, 3, 121, 448.0, 8, True)
-        value = by * outer
-        return stored, value, tl.div_rn(tl.div_rn(1.0, outer), by)
-
-
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
 def _largest(part_ptr, parts, PARTS: tl.constexpr):
     lane = tl.arange(0, PARTS)
-    return _float(tl.max(tl.load(part_ptr + lane, mask=lane < parts, other=0), axis=0))
+    return float_of(tl.max(tl.load(part_ptr + lane, mask=lane < parts, other=0), axis=0))
 
 
 @triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["pre_ptr"])
@@ -232,10 +73,10 @@ def _amax_kernel(
     start = tl.program_id(0).to(tl.int64) * TILE
     while start < total:
         at = start + lane
-        x = _widen(tl.load(x_ptr + at, mask=at < total, other=0.0))
+        x = widen(tl.load(x_ptr + at, mask=at < total, other=0.0))
         if PRE:
-            x = _rounded(x * _rounded(_widen(tl.load(pre_ptr + at % K)), XROUND), XROUND)
-        largest = tl.maximum(largest, _bits(x) & 0x7FFFFFFF)
+            x = rounded(x * rounded(widen(tl.load(pre_ptr + at % K)), XROUND), XROUND)
+        largest = tl.maximum(largest, bits_of(x) & 0x7FFFFFFF)
         start += tl.num_programs(0) * TILE
     tl.store(part_ptr + tl.program_id(0), tl.max(largest, axis=0))
 
@@ -271,9 +112,9 @@ def _cast_kernel(
     row, column = block // BPR, block % BPR
     at = column[:, None] * G + lane[None, :]
     mask = (block[:, None] < blocks) & (lane[None, :] < G)
-    x = _widen(tl.load(x_ptr + row[:, None].to(tl.int64) * x_stride + at, mask=mask, other=0.0))
+    x = widen(tl.load(x_ptr + row[:, None].to(tl.int64) * x_stride + at, mask=mask, other=0.0))
     if PRE:
-        x = _rounded(x * _rounded(_widen(tl.load(pre_ptr + at, mask=mask, other=0.0)), XROUND), XROUND)
+        x = rounded(x * rounded(widen(tl.load(pre_ptr + at, mask=mask, other=0.0)), XROUND), XROUND)
     if FILL:  # noqa: SIM102 -- decided when it is compiled
         if tl.program_id(0) == 0:
             tl.store(fill_ptr + tl.arange(0, FILL), tl.zeros((FILL,), dtype=tl.int32))
@@ -284,43 +125,43 @@ def _cast_kernel(
         largest = _largest(part_ptr, parts, PARTS)
     if SCALE == 5:
         outer = tl.div_rn(largest, OUTER)
-        outer = tl.where(outer == 0.0, 1.0, _at_least(outer, 2.0**-120))  # _TINY / 2**-6
+        outer = tl.where(outer == 0.0, 1.0, at_least(outer, 2.0**-120))  # TINY / 2**-6
 
     if ZERO:
         low, high = tl.min(tl.minimum(x, 0.0), axis=1), tl.max(tl.maximum(x, 0.0), axis=1)
-        lost = tl.max(_bits(x) & 0x7FFFFFFF, axis=1) > 0x7F800000  # NaN, which a minimum forgets
+        lost = tl.max(bits_of(x) & 0x7FFFFFFF, axis=1) > 0x7F800000  # NaN, which a minimum forgets
         low, high = tl.where(lost, float("nan"), low), tl.where(lost, float("nan"), high)
         whole = high - low
         steps: tl.constexpr = QMAX - QMIN
         scale = tl.where(whole == float("inf"), tl.div_rn(high, steps) - tl.div_rn(low, steps), tl.div_rn(whole, steps))
-        stored, value, inverse = _stored(scale, outer, SCALE)
-        zero = QMIN - (tl.div_rn(low, value) + _MAGIC - _MAGIC)
+        stored, value, inverse = stored_scale(scale, outer, SCALE)
+        zero = QMIN - (tl.div_rn(low, value) + MAGIC - MAGIC)
         zero = tl.where(zero == zero, tl.minimum(tl.maximum(zero, QMIN), QMAX), 0.0)
     else:
         if TENSOR and not STATIC:
             amax = tl.full((RB,), 0.0, tl.float32) + largest
         else:
-            amax = _float(tl.max(_bits(x) & 0x7FFFFFFF, axis=1))
+            amax = float_of(tl.max(bits_of(x) & 0x7FFFFFFF, axis=1))
         if SCALE == 4:
-            stored = _e8m0(amax, RULE, EMAX, ABOVE, KIND == 0)
-            value = _e8m0_value(stored)
+            stored = e8m0_code(amax, RULE, EMAX, ABOVE, KIND == 0)
+            value = e8m0_value(stored)
             inverse = tl.where(
-                stored == 0xFF, float("nan"), _float(tl.where(stored == 0xFE, 0x00400000, (254 - stored) << 23))
+                stored == 0xFF, float("nan"), float_of(tl.where(stored == 0xFE, 0x00400000, (254 - stored) << 23))
             )
         else:
             scale = tl.div_rn(amax, LARGEST)
             if STATIC:
-                scale = tl.full((RB,), 0.0, tl.float32) + _widen(tl.load(act_ptr))
-            stored, value, inverse = _stored(scale, outer, SCALE)
+                scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
+            stored, value, inverse = stored_scale(scale, outer, SCALE)
         zero = 0.0
 
     if RECIPROCAL:
         q = x * inverse[:, None]
     else:
-        q = _quotient(x, value[:, None], STATIC)
+        q = quotient(x, value[:, None], STATIC)
     if ZERO:
-        q = (q + _MAGIC - _MAGIC) + zero[:, None]
-    code, number = _encode(q, KIND, MBITS, LOWEST, TOP, BITS, NAN, QMIN, QMAX)
+        q = (q + MAGIC - MAGIC) + zero[:, None]
+    code, number = encode(q, KIND, MBITS, LOWEST, TOP, BITS, NAN, QMIN, QMAX)
 
     to = block[:, None].to(tl.int64) * G + lane[None, :]
     if MODE == 0:
@@ -330,10 +171,10 @@ def _cast_kernel(
             number = number - zero[:, None]
         if MODE == 1:
             if SCALE == 5:
-                value = _at_least(value, _TINY)
+                value = at_least(value, TINY)
             number = number * value[:, None]
         if out_ptr.dtype.element_ty == tl.bfloat16:
-            tl.store(out_ptr + to, _to_bf16(number), mask=mask)
+            tl.store(out_ptr + to, to_bf16(number), mask=mask)
         else:
             tl.store(out_ptr + to, number.to(out_ptr.dtype.element_ty), mask=mask)
     if MODE != 1:

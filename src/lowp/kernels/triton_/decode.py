@@ -31,7 +31,8 @@ from torch import Tensor
 from ...layouts import Spec
 from ...layouts.base import Packed
 from ...numerics import ELEMENTS, Format, Scheme
-from .packed import computed_in, launch, parts_of, register
+from .launch import begin
+from .packed import computed_in, launch_packed, parts_of, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,9 +306,10 @@ def decode_rows(
     q_ptr: tl.tensor, s_ptr: tl.tensor, z_ptr: tl.tensor, ss_ptr: tl.tensor, sz_ptr: tl.tensor, table_ptr: tl.tensor,
     ids_ptr: tl.tensor, y_ptr: tl.tensor,
     COUNT: tl.tensor, N: tl.tensor, C: tl.tensor, R: tl.tensor, SC: tl.tensor, NS: tl.tensor, SE: tl.tensor, NE: tl.tensor,
-    F: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+    F: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """Rows of a stack of matrices to floats: the rows `ids` of one matrix, or all COUNT of them. Sizes as in `Plan`."""
+    begin(EARLY)
     out = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     k = tl.program_id(1) * BK
     row = tl.minimum(out, COUNT - 1)
@@ -359,7 +361,7 @@ def _decode(
     y = torch.empty((*(lead if ids is None else ids.shape), columns), dtype=computed_in(dtype), device=qdata.device)
     count = y.numel() // max(columns, 1)
     if count:
-        launch(
+        launch_packed(
             decode_rows, (-(-count // 32), -(-columns // 128)),
             (qdata, scale, zero_point, scale_scale, scale_zero_point, table_of(scheme, torch.float32, qdata.device), ids, y),
             (count, p.rows, columns, p.row_units, p.scale_columns, p.nest_columns, p.scales, p.nests),

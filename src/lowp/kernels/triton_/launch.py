@@ -46,12 +46,15 @@ def _early(device: torch.device) -> bool:
 
 def launch(
     kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: Callable[[], tuple[Any, ...]],
-    device: torch.device, warps: int, stages: int = 1,
+    device: torch.device, warps: int, stages: int = 1, fusion: bool = False,
 ) -> None:  # fmt: skip
-    """Start `kernel` with arguments and, behind them, its constants, which are asked for once for each key, and EARLY."""
+    """Start `kernel` with arguments and, behind them, its constants, which are asked for once for each key, and EARLY.
+
+    fusion: the compiler may contract a product and a sum to one instruction that the kernel's text does not ask for; never where
+    bytes are compared exactly."""
     found = _COMPILED.get(key)
     if found is None:
-        _first(kernel, key, grid, args, constants(), device, warps, stages)
+        _first(kernel, key, grid, args, constants(), device, warps, stages, fusion)
         return
     compiled, constant = found
     if device.index == torch._C._cuda_getDevice():
@@ -63,17 +66,21 @@ def launch(
 
 def _first(
     kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...],
-    device: torch.device, warps: int, stages: int,
+    device: torch.device, warps: int, stages: int, fusion: bool,
 ) -> None:  # fmt: skip
     early = _early(device)
     constants = (*constants, early)
-    # Nothing is contracted to a fused multiply-add that the kernel's text does not ask for: bytes are compared exactly.
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=False, launch_pdl=early)
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, launch_pdl=early)
     if interpreted():
         kernel[grid](*args, *constants, **options)
         return
     with torch.cuda.device(device):
         _COMPILED[key] = kernel[grid](*args, *constants, **options), constants
+
+
+def is_compiled(key: Any) -> bool:
+    """Whether a kernel was started by this key before."""
+    return key in _COMPILED
 
 
 def plain(x: Tensor) -> bool:

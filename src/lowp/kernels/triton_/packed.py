@@ -1,15 +1,14 @@
-"""Launching a Triton kernel with little work for the host, and registering its operator.
+"""What a packed weight brings to the launch of a Triton kernel, and registering its operator.
 
-Triton looks at every argument of every launch: is a pointer a multiple of 16, is a size 1? What a weight brings does not change
-from call to call, so a compiled kernel is kept here by what it depends on, and started without that look. Sizes that do change
-(the tokens) are marked `do_not_specialize` in the kernel.
+What a weight brings does not change from call to call, so its kernels are known by what they depend on (`launch.py`). Sizes that
+do change (the tokens) are marked `do_not_specialize` in the kernel.
 
 Triton has no names for some of torch's dtypes, and on older GPUs no float8: such tensors are handed over as bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 
 from ...layouts.base import Packed
 from . import interpreted
+from .launch import is_compiled, launch
 
 _PARTS = ("qdata", "scale", "zero_point", "scale_scale", "scale_zero_point")
-_COMPILED: dict[Hashable, Any] = {}
 
 
 def parts_of(packed: Packed) -> tuple[Tensor | None, ...]:
@@ -46,7 +45,7 @@ def register(
     torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
 
 
-def launch(
+def launch_packed(
     kernel: Any,
     grid: tuple[int, ...],
     tensors: tuple[Tensor | None, ...],
@@ -60,30 +59,24 @@ def launch(
     """Start a kernel.
 
     Args:
-        kernel: a jitted function whose arguments are the tensors, the sizes and the constants, in this order. Its first tensor
-            is qdata, loaded in units of constants["F"].unit bits where there is an F.
+        kernel: a jitted function whose arguments are the tensors, the sizes, the constants and EARLY, in this order. Its first
+            tensor is qdata, loaded in units of constants["F"].unit bits where there is an F.
         grid: one or two axes. key: all that the compiled kernel depends on, but for the device and where the tensors lie.
     """
     device = next(tensor.device for tensor in tensors if tensor is not None)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(kernel, grid, tensors, sizes, constants, key=key, warps=warps, stages=stages)
     words = "F" in constants and constants["F"].unit == 32
     if words and tensors[0] is not None and tensors[0].data_ptr() & 3:  # a view that starts inside a word
         tensors = (tensors[0].clone(), *tensors[1:])
-    grid = (*grid, 1, 1)[:3]
     found = (id(kernel), key, device, *(2 if tensor is None else tensor.data_ptr() & 15 == 0 for tensor in tensors))
-    compiled = _COMPILED.get(found)
-    if compiled is not None:
-        compiled[grid](*tensors, *sizes, *constants.values())
-        return None
-    loaded = [_loadable(tensor) for tensor in tensors]
-    if words:
-        loaded[0] = loaded[0].view(torch.uint8).view(torch.int32)
-    compiled = kernel[grid](*loaded, *sizes, **constants, num_warps=warps, num_stages=stages)
-    if not interpreted():
-        _COMPILED[found] = compiled
-    return None
+    args: Sequence[Any] = tensors
+    if not is_compiled(found):
+        args = [_loadable(tensor) for tensor in tensors]
+        if words:
+            args[0] = args[0].view(torch.uint8).view(torch.int32)
+    across, along = (*grid, 1)[:2]
+    launch(
+        kernel, found, (across, along, 1), (*args, *sizes), lambda: tuple(constants.values()), device, warps, stages, fusion=True
+    )  # fmt: skip
 
 
 def _loadable(tensor: Tensor | None) -> Any:

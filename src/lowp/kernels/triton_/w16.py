@@ -55,7 +55,8 @@ from .decode import (
     values_in,
 )
 from .decode import why_not as why_not_decoded
-from .packed import computed_in, launch, parts_of, register
+from .launch import begin
+from .packed import computed_in, launch_packed, parts_of, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,17 +144,18 @@ def product(
     M: tl.tensor, TILES: tl.tensor, N: tl.tensor, C: tl.tensor, R: tl.tensor, SC: tl.tensor, NS: tl.tensor, SE: tl.tensor,
     NE: tl.tensor,
     F: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
-    LEFT: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
+    LEFT: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr, EARLY: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of the product, or of one split of it.
 
     M: all tokens where `offs` tells which are whose, else the tokens of each of the E matrices. TILES: of tokens. STEPS: tiles of
     columns of a split. The other sizes as in `Plan`. EXACT: 16 bits do (`exact_in`).
     """
+    begin(EARLY)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile, split = tl.program_id(0) % TILES, tl.program_id(1)
     rows = tl.program_id(0) // TILES * BN + tl.arange(0, BN)
-    begin = split * STEPS * BK
+    first_column = split * STEPS * BK
     if offs_ptr is not None:
         expert, first, count, tile = _expert_of(offs_ptr, tile, M, E, BM)
         if expert > E:
@@ -171,7 +173,7 @@ def product(
     scale_row = n // F.scale_rows
     s_row = matrix * SE + scale_row * SC
     nest_row = matrix * NE + scale_row // F.nest_rows * NS
-    g = groups_at(begin, SC, F, BK)
+    g = groups_at(first_column, SC, F, BK)
     raw = tl.load(s_ptr + place(s_row, g, F, BK))
     zero_raw = raw
     if F.zero:
@@ -181,7 +183,7 @@ def product(
     else:
         sums = tl.zeros((BM, BN), tl.float32)
     for step in range(STEPS):
-        k = begin + step * BK
+        k = first_column + step * BK
         column = k + tl.arange(0, BK)
         codes = codes_tile(q_ptr, q_row, k, R, F, BK, EVEN)
         if EVEN:
@@ -229,8 +231,10 @@ def add_splits(
     N: tl.tensor,
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     """y = the sum of the splits, the first first, + bias."""
+    begin(EARLY)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < MN
     total = tl.zeros((BLOCK,), tl.float32)
@@ -298,12 +302,12 @@ def tiled(
         bias if split == 1 else None, offs, part,
     )  # fmt: skip
     bias_dtype = None if bias is None else bias.dtype
-    launch(
+    launch_packed(
         product, (tiles * fixed.blocks, split), tensors, (tokens, tiles, *fixed.sizes), fixed.constants,
         key=(fixed, bias_dtype), warps=tiling.warps, stages=tiling.stages,
     )  # fmt: skip
     if split > 1:
-        launch(
+        launch_packed(
             add_splits, (-(-tokens * rows // 1024),), (part, bias, y), (tokens * rows, rows), {"SPLIT": split, "BLOCK": 1024},
             key=(fixed, bias_dtype), warps=4, stages=1,
         )  # fmt: skip
