@@ -7,8 +7,9 @@ import torch
 
 from lowp.kernels.triton_ import interpreted
 from lowp.numerics.compare import relative_error
-from lowp.ops import kernels_of
+from lowp.ops import kernels_of, tuned
 from lowp.ops.linear import reference
+from lowp.ops.registry import Case
 from lowp.tensor import QTensor
 
 w8a8 = pytest.importorskip("lowp.kernels.triton_.w8a8", reason="needs Triton")
@@ -82,6 +83,40 @@ def test_a_tiling_fits_the_chip_and_the_columns():
                     assert tiled.shared <= room * 1024
                     assert tiled.split == 1 or columns % (tiled.bk * tiled.split) == 0
                     assert kind != "blocks" or columns % 128 or tiled.bk == 128
+
+
+@pytest.mark.parametrize("scheme", ["int8/row@int8/row+int8", "e4m3/row@e4m3/row", "e4m3/128x128@e4m3/1x128"])
+def test_measured_choices_are_taken(scheme, device):
+    q = QTensor.quantize(torch.randn(128, 1024, device=device) * 0.05, scheme)
+    x = torch.randn(20, 1024, device=device, dtype=torch.bfloat16)
+    expected = reference(x, q.packed, q.spec)
+    case = Case(
+        op="linear", scheme=q.spec.scheme, layout="plain", device="cuda", shape=(128, 1024), sm=90, dtype="bfloat16"
+    )
+    rule = w8a8._chosen(q.spec.scheme, x.dtype, 20, 0, 128, 1024, 90)
+    configs = w8a8._candidates(case, 20)
+    assert {"how": "torch"} in configs and len({config["split"] for config in configs[:-1]}) > 1
+    for config in configs:
+        with tuned.forced("w8a8", config):
+            taken = w8a8._chosen(q.spec.scheme, x.dtype, 20, 0, 128, 1024, 90)
+            assert config == ({"how": "torch"} if taken is None else dataclasses.asdict(taken))
+            if device.type == "cuda" or (taken and taken.bm <= 64):  # large tiles take the interpreter long
+                assert relative_error(expected, linear(x, q)) <= q.format.tolerance(x.dtype)
+    with tuned.forced("w8a8", {"knob": 1}):  # of another version
+        assert w8a8._chosen(q.spec.scheme, x.dtype, 20, 0, 128, 1024, 90) == rule
+
+
+@pytest.mark.parametrize("kind", ["int8", "e4m3", "blocks"])
+def test_candidates_fit_the_chip_and_the_columns(kind):
+    for tokens in (1, 16, 70, 512, 4096):
+        for rows, columns in ((1024, 4096), (28672, 4096), (4096, 14336), (144, 272)):
+            for sm, room in ((80, 163), (89, 99), (90, 227)):
+                found = w8a8.candidates(tokens, rows, columns, sm, kind)
+                assert found and len(found) < 30
+                for tiled in found:
+                    assert tiled.shared <= room * 1024 and columns % (tiled.bk * tiled.split) in (0, columns % tiled.bk)
+                    tiles = -(-tokens // tiled.bm) * -(-rows // tiled.bn)
+                    assert tiled.split == 1 or (tiles <= w8a8._COUNTERS and columns % (tiled.bk * tiled.split) == 0)
 
 
 def test_what_it_refuses():

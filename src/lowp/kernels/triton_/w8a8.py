@@ -9,7 +9,7 @@ is a matter of reading the weight once: the weight is the left operand, so that 
 columns are shared out over several programs, whose sums go to a workspace; the program that comes last, by a counter, adds them
 in order, so the result does not depend on the order of arrival. The counters are set to zero by the cast.
 
-What depends on M is decided in `choose`: the tile, the split, or torch's own product where it is the faster one.
+What depends on M is decided by rule, in `choose`, or by what `lowp tune` measured: the tile, the split, or torch's own product.
 
 Legend: M tokens, N output channels, K columns; BM x BN x BK is a tile; KB = K / BK.
 """
@@ -17,7 +17,7 @@ Legend: M tokens, N output channels, K columns; BM x BN x BK is a tile; KB = K /
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 from ...layouts import Spec
 from ...layouts.base import Packed
 from ...numerics import Scheme
+from ...ops import tuned
 from ...ops.how import native
 from ...ops.registry import Case, Kernel
 from ..torch_.int_mm import int_mm
@@ -208,15 +209,24 @@ def choose(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: torc
     return tiling(tokens, rows, columns, sm, kind)
 
 
+def torch_can(rows: int, columns: int, sm: int, kind: str, dtype: torch.dtype) -> bool:
+    """Whether torch has the product, and can write `dtype`."""
+    if kind == "int8":
+        return rows % 8 == 0 and columns % 8 == 0
+    if kind == "blocks":
+        return sm == 90 and dtype == torch.bfloat16 and columns % 512 == 0
+    return dtype == torch.bfloat16 and sm >= 89
+
+
 def by_torch(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: torch.dtype) -> bool:
-    """Whether torch's product is the faster one at many tokens, and can write `dtype`."""
+    """Whether torch's product is the faster one at many tokens."""
+    if not torch_can(rows, columns, sm, kind, dtype):
+        return False
     if (
         kind == "int8"
     ):  # on an H100 torch's int32 sums and a pass to scale them take 1.4 times as long as one launch of ours
-        return sm < 90 and tokens > 256 and rows % 8 == 0 and columns % 8 == 0
-    if kind == "blocks":
-        return sm == 90 and dtype == torch.bfloat16 and columns % 512 == 0
-    return dtype == torch.bfloat16 and sm >= 89 and _tiles(tokens, rows, 64) > _PROCESSORS.get(sm, 132)
+        return sm < 90 and tokens > 256
+    return kind == "blocks" or _tiles(tokens, rows, 64) > _PROCESSORS.get(sm, 132)
 
 
 def _tiles(tokens: int, rows: int, side: int) -> int:
@@ -265,6 +275,59 @@ def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
         return columns / split * -(-tiles * split // slots) + (sums + 64 * split if split > 1 else 0)
 
     return replace(made, split=min(fitting, key=cost))
+
+
+_SHAPES = (  # bm, bn, bk, swap, warps, stages
+    (16, 64, 256, True, 4, 4), (16, 64, 128, True, 4, 6), (32, 64, 128, True, 4, 6), (64, 64, 128, True, 4, 6),
+    (64, 128, 128, False, 4, 4), (128, 128, 128, False, 4, 4), (128, 128, 128, False, 8, 4), (128, 256, 128, False, 8, 4),
+)  # fmt: skip
+
+
+def candidates(tokens: int, rows: int, columns: int, sm: int, kind: str) -> list[Tiling]:
+    """Tilings worth asking about for a batch; the columns of small tiles shared out in every way that fills no second round."""
+    found: dict[Tiling, None] = {}
+    for bm, bn, bk, swap, warps, stages in _SHAPES:
+        if bm > max(16, 2 * tokens) or tokens > 32 * bm or (kind == "blocks" and bk > 128):
+            continue
+        made = fit(Tiling(bm=bm, bn=bn, bk=bk, swap=swap, warps=warps, stages=stages), tokens, rows, columns, sm)
+        tiles, steps = -(-tokens // bm) * -(-rows // bn), columns // made.bk
+        most = min(_COUNTERS, 4 * _PROCESSORS.get(sm, 132)) // tiles if swap and columns % made.bk == 0 else 1
+        splits = {made.split, *(split for split in (1, 2, 4, 8, 16) if split <= most and steps % split == 0)}
+        found |= dict.fromkeys(replace(made, split=split) for split in sorted(splits))
+    return list(found)
+
+
+_TILING_FIELDS = {field.name for field in fields(Tiling)}
+_CHOSEN: dict[Any, tuple[Tiling | None, object]] = {}
+
+
+def _chosen(scheme: str, dtype: torch.dtype, tokens: int, more: int, rows: int, columns: int, sm: int) -> Tiling | None:
+    """What was measured, or the rule's choice for `more` tokens beside; kept, until other choices were measured."""
+    key = (scheme, dtype, tokens, more, rows, columns, sm)
+    found = _CHOSEN.get(key)
+    if found is None or found[1] is not tuned.table():
+        if len(_CHOSEN) > 16384:
+            _CHOSEN.clear()
+        kind = _weights(scheme).kind
+        measured = tuned.choice("w8a8", tuned.key_of(scheme, dtype, (rows, columns), tokens))
+        if measured == _TORCH:
+            made = None
+        elif measured is not None and set(measured) == _TILING_FIELDS:  # else it was measured with other knobs
+            made = Tiling(**measured)
+        else:
+            made = choose(tokens + more, rows, columns, sm, kind, dtype)
+        found = _CHOSEN[key] = made, tuned.table()
+    return found[0]
+
+
+_TORCH = {"how": "torch"}
+
+
+def _candidates(case: Case, tokens: int) -> list[dict[str, Any]]:
+    """For `lowp tune`: every tiling, and torch's product."""
+    (rows, columns), kind, dtype = case.shape, _weights(case.scheme).kind, getattr(torch, case.dtype)
+    found = [asdict(one) for one in candidates(tokens, rows, columns, case.sm, kind)]
+    return [*found, _TORCH] if torch_can(rows, columns, case.sm, kind, dtype) else found
 
 
 # -- the product ------------------------------------------------------------------------------------------------------
@@ -386,7 +449,7 @@ def linear(
     assert act is not None
     more = int(about.zero and tokens < 64)  # a token of ones
     if tiled is None:
-        tiled = choose(tokens + more, rows, columns, _sm(x_MK), about.kind, dtype)
+        tiled = _chosen(scheme, dtype, tokens, more, rows, columns, _sm(x_MK))
     if tiled is None and interpreted():
         tiled = tiling(tokens, rows, columns, _sm(x_MK), about.kind)
     more = int(more and tiled is not None and tiled.swap and tokens < tiled.bm)
@@ -500,5 +563,6 @@ KERNELS = (
             "int8/row@int8/row+int8", "int8/tensor@int8/tensor", "int8/row*bf16@int8/row",
         ),
         about="fused cast, then int8 or float8 tensor cores, in Triton; torch's product where it is faster",
+        candidates=_candidates,
     ),
 )  # fmt: skip
