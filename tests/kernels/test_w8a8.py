@@ -68,7 +68,7 @@ def test_a_nan_stays_visible_and_in_its_token(scheme, device):
 
 
 def test_a_tiling_fits_the_chip_and_the_columns():
-    for sm, room in ((80, 163), (89, 99), (90, 227)):
+    for sm, room in ((80, 163), (89, 99), (90, 227), (120, 99)):
         for kind in ("int8", "e4m3", "blocks"):
             for tokens in (1, 7, 16, 64, 65, 256, 8192):
                 for rows, columns in (
@@ -110,7 +110,7 @@ def test_measured_choices_are_taken(scheme, device):
 def test_candidates_fit_the_chip_and_the_columns(kind):
     for tokens in (1, 16, 70, 512, 4096):
         for rows, columns in ((1024, 4096), (28672, 4096), (4096, 14336), (144, 272)):
-            for sm, room in ((80, 163), (89, 99), (90, 227)):
+            for sm, room in ((80, 163), (89, 99), (90, 227), (120, 99)):
                 found = w8a8.candidates(tokens, rows, columns, sm, kind)
                 assert found and len(found) < 30
                 for tiled in found:

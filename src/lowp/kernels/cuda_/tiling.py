@@ -152,7 +152,7 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     return min(suited, key=lambda one: abs(one.split - split))
 
 
-# Microseconds by tokens of a tile, fitted to sweeps on an H100 (what is chosen is 0.4 % slower than the best on average, 10 % at
+# Microseconds by tokens of a tile, fitted to sweeps on an H100 (what is chosen is 0.5 % slower than the best on average, 10 % at
 # worst): of a chunk of 64 columns, of a block's end, of the first share of a cluster's sums, of streaming.
 _CHUNK = {64: 0.135, 128: 0.372, 256: 0.703}
 _END = {64: 0.60, 128: 1.33, 256: 0.0}

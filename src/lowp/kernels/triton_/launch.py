@@ -70,7 +70,9 @@ def _first(
 ) -> None:  # fmt: skip
     early = _early(device)
     constants = (*constants, early)
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, launch_pdl=early)
+    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion)
+    if early:  # an option of CUDA's backend alone
+        options["launch_pdl"] = True
     if interpreted():
         kernel[grid](*args, *constants, **options)
         return

@@ -193,7 +193,7 @@ class Tiling:
         return self.stages * self.bk * (self.bm + self.bn)
 
 
-_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227}  # KiB that one program may have, by architecture
+_SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 120: 99}  # KiB that one program may have, by architecture
 _PROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132}
 
 
@@ -226,7 +226,7 @@ def by_torch(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: to
         kind == "int8"
     ):  # on an H100 torch's int32 sums and a pass to scale them take 1.4 times as long as one launch of ours
         return sm < 90 and tokens > 256
-    return kind == "blocks" or _tiles(tokens, rows, 64) > _PROCESSORS.get(sm, 132)
+    return kind == "blocks" or sm < 90 or _tiles(tokens, rows, 64) > _PROCESSORS.get(sm, 132)
 
 
 def _tiles(tokens: int, rows: int, side: int) -> int:
@@ -266,8 +266,11 @@ def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
     tiles, steps = -(-tokens // made.bm) * -(-rows // made.bn), columns // bk
     resident = max(1, min(room // made.shared, 16 // made.warps, 4))
     slots = _PROCESSORS.get(sm, 132) * resident
-    if columns % bk or not made.swap or tiles > min(_COUNTERS, 2 * slots):
-        return made  # large tiles keep their columns: their sums do not fit the registers twice
+    twice = (
+        2 * made.bm * made.bn // (32 * made.warps) <= 128
+    )  # a thread's registers hold its sums, and those of another program
+    if columns % bk or not twice or tiles > min(_COUNTERS, 2 * slots):
+        return made
     fitting = [split for split in range(1, 17) if steps % split == 0 and (split == 1 or steps // split >= 4)]
     sums = 44 * made.bm  # what it costs to add the sums of others, in columns, measured
 
