@@ -5,6 +5,7 @@ What needs no GPU: tilings fit the chip, the text compiles for every format wher
 
 import concurrent.futures
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lowp.numerics.compare import relative_error
 from lowp.ops import strict, tuned
 from lowp.ops.linear import linear
 from lowp.ops.linear import reference as linear_reference
+from lowp.ops.registry import Case
 from lowp.tensor import QTensor
 
 SHAPES = ((28672, 4096), (4096, 14336), (1024, 8192), (5120, 25600), (200, 192), (72, 64 * 7))
@@ -246,17 +248,31 @@ def test_float8_activations_with_many_tokens():
 def test_measured_choices_are_taken():
     q = weight("int4/1x128*bf16")
     x = torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
-    rule = mixed._plan(mixed._weight(q.spec.scheme, q.spec.shape, x.dtype, x.device), q.spec, x.dtype, 4)
     for config in mixed._candidates(case_for(q), 4):
         with tuned.forced("mixed", config):
-            plan = mixed._plan(mixed._weight(q.spec.scheme, q.spec.shape, x.dtype, x.device), q.spec, x.dtype, 4)
-            assert config in ({"how": "decode"}, plan.tiling and dataclasses.asdict(plan.tiling))
             y = linear(x, q.packed, q.spec)
         assert relative_error(linear_reference(x, q.packed, q.spec), y) <= q.format.tolerance(torch.bfloat16)
-    assert (
-        mixed._plan(mixed._weight(q.spec.scheme, q.spec.shape, x.dtype, x.device), q.spec, x.dtype, 4).tiling
-        == rule.tiling
-    )
+
+
+@pytest.mark.parametrize("scheme", ["int4/1x128*bf16", "int4/1x128*bf16@e4m3/row"])
+def test_what_was_measured_decides_and_the_rule_without_it(scheme, monkeypatch):
+    hopper = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: hopper)
+    one = mixed._weight.__wrapped__(scheme, (1024, 4096), torch.bfloat16, torch.device("cuda", 0))
+    case = Case(op="linear", scheme=scheme, layout="fragments", device="cuda", shape=(1024, 4096), sm=90)
+    with tuned.forced("mixed", None):
+        rule = mixed._plan(one, 2048)
+        assert (rule.tiling is None) == rule.float8 == ("@" in scheme)
+    configs = mixed._candidates(case, 2048)
+    assert ({"how": "float8"} in configs) == ("@" in scheme) and {"how": "decode"} in configs
+    for config in configs:
+        with tuned.forced("mixed", config):
+            plan = mixed._plan(one, 2048)
+            assert config == (
+                dataclasses.asdict(plan.tiling) if plan.tiling else {"how": "float8" if plan.float8 else "decode"}
+            )
+    with tuned.forced("mixed", {"knob": 1}):  # of another version
+        assert mixed._plan(one, 2048) is not rule and mixed._plan(one, 2048).tiling == rule.tiling
 
 
 def test_what_it_leaves_to_others():

@@ -16,6 +16,7 @@ kinds of GPU the one that is current at the first question counts.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -23,14 +24,17 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Key = tuple[str | int, ...]
 Config = dict[str, Any]
+
+_T = TypeVar("_T")
+_MOST = 65536  # decisions that are kept
 
 _TABLE: dict[tuple[str, Key], Config] | None = None
 
@@ -45,9 +49,36 @@ def choice(kernel: str, key: Key) -> Config | None:
     return found.get((kernel, key))
 
 
-def table() -> object:
-    """What `choice` looks into now: another object once other choices hold, so that what was derived from it can be kept."""
-    return _TABLE if _TABLE is not None else _read_once()
+def record_of(kind: type[_T], config: Config | None) -> _T | None:
+    """The dataclass that a configuration was made from; None where it has other fields, because another version measured it."""
+    if config is None or set(config) != {field.name for field in dataclasses.fields(kind)}:  # type: ignore[arg-type]
+        return None
+    return kind(**config)
+
+
+def kept(decide: Callable[..., _T]) -> Callable[..., _T]:
+    """Keep what a function decides, by its positional arguments, until `choice` answers from another table.
+
+    >>> kept(lambda tokens: choice("w4a16", ("int4/row", tokens)) or {"tile": 64})(16)
+    {'tile': 64}
+    """
+    found: dict[tuple[Hashable, ...], _T] = {}
+    seen: object = None
+
+    @functools.wraps(decide)
+    def decided(*key: Hashable) -> _T:
+        nonlocal seen
+        now = _TABLE if _TABLE is not None else _read_once()
+        if now is not seen or len(found) > _MOST:
+            found.clear()
+            seen = now
+        try:
+            return found[key]
+        except KeyError:
+            made = found[key] = decide(*key)
+            return made
+
+    return decided
 
 
 def key_of(scheme: str, dtype: torch.dtype, shape: tuple[int, ...], batch: int) -> Key:

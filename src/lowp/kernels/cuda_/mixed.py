@@ -45,7 +45,6 @@ _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3, "e4m3": 4}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
 _PARAMS = struct.Struct("128s10Q5i")  # as `Params` in fragments.cu
 _TENSORS = ("scale", "zero_point", "scale_scale", "scale_zero_point")
-_TILING_FIELDS = {field.name for field in dataclasses.fields(Tiling)}
 _FOLDER = Path(__file__).parent
 
 
@@ -148,17 +147,19 @@ class _Plan:
 
     Args:
         tiling: of the product, or None: decode first, then cuBLAS. float8: as float8 numbers, see `_float8`.
-        table: the measured choices that it was made from.
     """
 
     tiling: Tiling | None
     float8: bool
-    table: object
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Weight:
-    """What all weights of one scheme, shape, dtype and device have in common, and the plans made so far."""
+    """What all weights of one scheme, shape, dtype and device have in common. It is its own key: compared by identity."""
+
+    scheme: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
 
     numbers: dict[str, int]
     key: Numbers
@@ -168,7 +169,6 @@ class _Weight:
     processors: int
     act: Format | None
     float8: bool
-    plans: dict[int, _Plan]
 
 
 @functools.cache
@@ -176,6 +176,9 @@ def _weight(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: tor
     parsed = Scheme.parse(scheme)
     fmt, numbers = parsed.weight, _numbers(scheme, shape, dtype)
     return _Weight(
+        scheme=scheme,
+        shape=(shape[0], shape[1]),
+        dtype=dtype,
         numbers=numbers,
         key=tuple(numbers.items()),
         table=_table(scheme, dtype, device).data_ptr() if fmt.element.kind == "codebook" else 0,
@@ -184,7 +187,6 @@ def _weight(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: tor
         processors=torch.cuda.get_device_properties(device).multi_processor_count,
         act=parsed.act,
         float8=_as_float8(scheme, shape, dtype),
-        plans={},
     )
 
 
@@ -291,25 +293,19 @@ def decode(packed: Packed, spec: Spec, dtype: torch.dtype, e4m3: bool = False) -
     return w_NK
 
 
-def _plan(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> _Plan:
-    """What a batch runs by; kept, until other choices were measured."""
-    plan = weight.plans.get(tokens)
-    if plan is None or plan.table is not tuned.table():
-        if len(weight.plans) > 4096:
-            weight.plans.clear()
-        plan = weight.plans[tokens] = _new_plan(weight, spec, dtype, tokens)
-    return plan
-
-
-def _new_plan(weight: _Weight, spec: Spec, dtype: torch.dtype, tokens: int) -> _Plan:
-    shape = (spec.shape[0], spec.shape[1])
-    measured = tuned.choice("mixed", tuned.key_of(spec.scheme, dtype, spec.shape, tokens))
-    if measured is not None and set(measured) in ({"how"}, _TILING_FIELDS):  # else it was measured with other knobs
-        tiling = None if "how" in measured else Tiling(**measured)
-        return _Plan(tiling=tiling, float8=measured.get("how") == "float8", table=tuned.table())
+@tuned.kept
+def _plan(weight: _Weight, tokens: int) -> _Plan:
+    """What a batch runs by: what was measured, else the rule."""
+    measured = tuned.choice("mixed", tuned.key_of(weight.scheme, weight.dtype, weight.shape, tokens))
+    if measured is not None and set(measured) == {"how"}:
+        return _Plan(tiling=None, float8=measured["how"] == "float8")
+    tiling = tuned.record_of(Tiling, measured)
+    if tiling is not None:
+        return _Plan(tiling=tiling, float8=False)
     float8 = weight.float8 and tokens >= _FLOAT8_FROM
-    tiling = None if float8 else choose(tokens, *shape, weight.numbers, weight.processors)
-    return _Plan(tiling=tiling, float8=float8, table=tuned.table())
+    return _Plan(
+        tiling=None if float8 else choose(tokens, *weight.shape, weight.numbers, weight.processors), float8=float8
+    )
 
 
 def _candidates(case: Case, tokens: int) -> list[dict[str, Any]]:
@@ -369,7 +365,7 @@ def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Te
             )
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
         weight = _weight(spec.scheme, spec.shape, dtype, device)
-        plan = _plan(weight, spec, dtype, tokens)
+        plan = _plan(weight, tokens)
         if plan.float8:
             return _float8(x_MK, packed, spec, bias, weight)
         if weight.act is not None:

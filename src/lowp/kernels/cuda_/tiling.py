@@ -132,23 +132,27 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
         return min(fitted or found, key=lambda one: estimate_us(one, tokens, rows, columns, processors))
     bm, units, chunks = found[0].bm, -(-rows // UNIT), columns // UNIT
     bits = numbers["PW0"] + numbers["PW1"] + numbers["PW2"]
-    mt, wgs, split = 1, 1, 1
+    least, enough = 16, 2.4 if bm <= 16 else 1.45  # chunks of a block; blocks of 64 rows for each multiprocessor
     if bm == 64 and 8 * units < 1.45 * processors:  # so few rows that the tokens are shared out too
-        bm, least, enough = 32, 8, 1.45
-    else:
-        least, enough = 16, 2.4 if bm <= 16 else 1.45
-    room = processors * max((one.blocks for one in found if one.bm == bm), default=1)  # for blocks, all at once
-    most = min(8, room // units)
+        bm, least = 32, 8
+    many = bm != 16 and units >= 1.6 * processors
+    mt, wgs = 1, 1
+    if numbers["KIND"] == 2:  # a codebook's table is filled once a block
+        wgs = 2
+    elif many:
+        mt, wgs = (2, 2) if bm == 64 and units >= 3.3 * processors else (1, 2)
+    elif bm == 8 and 0.3 * processors <= units <= 0.62 * processors and bits <= 4:
+        mt = 2
+    suited = [one for one in found if (one.bm, one.mt, one.wgs) == (bm, mt, wgs)] or found
+    resident = processors * wgs * max(one.blocks for one in suited)  # in blocks of 64 rows
+    most = min(8, resident // units)
+    split = 1
     while 2 * split <= most and units * split < enough * processors and chunks // (2 * split) >= least:
         split *= 2
-    if bm != 16 and units >= 1.6 * processors:
-        mt, wgs = (2, 2) if bm == 64 and units >= 3.3 * processors else (1, 2)
+    if many:
         split = 2 if units <= 2 * processors else 1
-    elif bm == 8 and 0.3 * processors <= units <= 0.62 * processors and bits <= 4:
-        mt, split = 2, min(8, 2 * split)
-    if numbers["KIND"] == 2:  # a codebook's table is filled once a block
-        mt, wgs = 1, 2
-    suited = [one for one in found if (one.bm, one.mt, one.wgs) == (bm, mt, wgs)] or found
+    elif mt == 2:
+        split = min(8, 2 * split)
     return min(suited, key=lambda one: abs(one.split - split))
 
 

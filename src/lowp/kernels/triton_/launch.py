@@ -47,14 +47,16 @@ def _early(device: torch.device) -> bool:
 def launch(
     kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: Callable[[], tuple[Any, ...]],
     device: torch.device, warps: int, stages: int = 1, fusion: bool = False,
+    first: Callable[[], tuple[Any, ...]] | None = None,
 ) -> None:  # fmt: skip
     """Start `kernel` with arguments and, behind them, its constants, which are asked for once for each key, and EARLY.
 
+    first: the arguments as Triton is shown them, once for each key, where it has no name for a dtype of `args`.
     fusion: the compiler may contract a product and a sum to one instruction that the kernel's text does not ask for; never where
     bytes are compared exactly."""
     found = _COMPILED.get(key)
     if found is None:
-        _first(kernel, key, grid, args, constants(), device, warps, stages, fusion)
+        _first(kernel, key, grid, first() if first else args, constants(), device, warps, stages, fusion)
         return
     compiled, constant = found
     if device.index == torch._C._cuda_getDevice():
@@ -78,11 +80,6 @@ def _first(
         return
     with torch.cuda.device(device):
         _COMPILED[key] = kernel[grid](*args, *constants, **options), constants
-
-
-def is_compiled(key: Any) -> bool:
-    """Whether a kernel was started by this key before."""
-    return key in _COMPILED
 
 
 def plain(x: Tensor) -> bool:

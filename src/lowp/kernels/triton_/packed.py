@@ -8,7 +8,7 @@ Triton has no names for some of torch's dtypes, and on older GPUs no float8: suc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...layouts.base import Packed
 from . import interpreted
-from .launch import is_compiled, launch
+from .launch import launch
 
 _PARTS = ("qdata", "scale", "zero_point", "scale_scale", "scale_zero_point")
 
@@ -68,14 +68,17 @@ def launch_packed(
     if words and tensors[0] is not None and tensors[0].data_ptr() & 3:  # a view that starts inside a word
         tensors = (tensors[0].clone(), *tensors[1:])
     found = (id(kernel), key, device, *(2 if tensor is None else tensor.data_ptr() & 15 == 0 for tensor in tensors))
-    args: Sequence[Any] = tensors
-    if not is_compiled(found):
-        args = [_loadable(tensor) for tensor in tensors]
+
+    def first() -> tuple[Any, ...]:
+        loaded = [_loadable(tensor) for tensor in tensors]
         if words:
-            args[0] = args[0].view(torch.uint8).view(torch.int32)
+            loaded[0] = loaded[0].view(torch.uint8).view(torch.int32)
+        return (*loaded, *sizes)
+
     across, along = (*grid, 1)[:2]
     launch(
-        kernel, found, (across, along, 1), (*args, *sizes), lambda: tuple(constants.values()), device, warps, stages, fusion=True
+        kernel, found, (across, along, 1), (*tensors, *sizes), lambda: tuple(constants.values()), device, warps, stages,
+        fusion=True, first=first,
     )  # fmt: skip
 
 

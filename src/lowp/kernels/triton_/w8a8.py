@@ -17,7 +17,7 @@ Legend: M tokens, N output channels, K columns; BM x BN x BK is a tile; KB = K /
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -224,7 +224,7 @@ def by_torch(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: to
         return False
     if (
         kind == "int8"
-    ):  # on an H100 torch's int32 sums and a pass to scale them take 1.4 times as long as one launch of ours
+    ):  # torch's int32 sums and a pass to scale them took 1.4 times as long as one launch of ours, on an H100
         return sm < 90 and tokens > 256
     return kind == "blocks" or sm < 90 or _tiles(tokens, rows, 64) > _PROCESSORS.get(sm, 132)
 
@@ -266,9 +266,8 @@ def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
     tiles, steps = -(-tokens // made.bm) * -(-rows // made.bn), columns // bk
     resident = max(1, min(room // made.shared, 16 // made.warps, 4))
     slots = _PROCESSORS.get(sm, 132) * resident
-    twice = (
-        2 * made.bm * made.bn // (32 * made.warps) <= 128
-    )  # a thread's registers hold its sums, and those of another program
+    # The program that adds holds its own sums and those of another.
+    twice = 2 * made.bm * made.bn // (32 * made.warps) <= 128  # registers of a thread
     if columns % bk or not twice or tiles > min(_COUNTERS, 2 * slots):
         return made
     fitting = [split for split in range(1, 17) if steps % split == 0 and (split == 1 or steps // split >= 4)]
@@ -300,27 +299,13 @@ def candidates(tokens: int, rows: int, columns: int, sm: int, kind: str) -> list
     return list(found)
 
 
-_TILING_FIELDS = {field.name for field in fields(Tiling)}
-_CHOSEN: dict[Any, tuple[Tiling | None, object]] = {}
-
-
+@tuned.kept
 def _chosen(scheme: str, dtype: torch.dtype, tokens: int, more: int, rows: int, columns: int, sm: int) -> Tiling | None:
-    """What was measured, or the rule's choice for `more` tokens beside; kept, until other choices were measured."""
-    key = (scheme, dtype, tokens, more, rows, columns, sm)
-    found = _CHOSEN.get(key)
-    if found is None or found[1] is not tuned.table():
-        if len(_CHOSEN) > 16384:
-            _CHOSEN.clear()
-        kind = _weights(scheme).kind
-        measured = tuned.choice("w8a8", tuned.key_of(scheme, dtype, (rows, columns), tokens))
-        if measured == _TORCH:
-            made = None
-        elif measured is not None and set(measured) == _TILING_FIELDS:  # else it was measured with other knobs
-            made = Tiling(**measured)
-        else:
-            made = choose(tokens + more, rows, columns, sm, kind, dtype)
-        found = _CHOSEN[key] = made, tuned.table()
-    return found[0]
+    """What was measured, or the rule's choice for `more` tokens beside; None: torch's product."""
+    measured = tuned.choice("w8a8", tuned.key_of(scheme, dtype, (rows, columns), tokens))
+    if measured == _TORCH:
+        return None
+    return tuned.record_of(Tiling, measured) or choose(tokens + more, rows, columns, sm, _weights(scheme).kind, dtype)
 
 
 _TORCH = {"how": "torch"}
