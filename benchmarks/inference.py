@@ -321,7 +321,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 def rows_of(args: argparse.Namespace, scheme: str, head: str, got: Measured, base: Measured | None) -> list[Any]:
     """Three rows: decode, prefill, weights."""
     more = dict(model=args.model, layers=args.layers, scheme=scheme, lm_head=head, fused=args.fused)
-    more |= dict(compiled="no" if args.eager else args.mode)
+    more |= dict(compiled="no" if args.eager else f"{args.mode}, early" if args.early else args.mode)
     make = functools.partial(row, device=args.device)
     measures = (
         ("decode, batch 1", got.decode_ms, "ms a token", base and base.decode_ms, args.context, got.decode_error),
@@ -353,8 +353,13 @@ def main(words: Sequence[str] | None = None) -> int:
     size = TINY if args.model == "tiny" else model_of(args.model)
     args.layers = args.layers or size.layers
     settings = dict(context=args.context, prompt=args.prompt, steps=args.steps, mode=args.mode)
-    if args.device.startswith("cuda") and torch.cuda.get_device_capability()[0] >= 9:
-        torch._inductor.config.triton.enable_pdl = True
+    args.early = args.device.startswith("cuda") and torch.cuda.get_device_capability()[0] >= 9
+    with torch._inductor.config.patch({"triton.enable_pdl": args.early}):
+        return compared(args, size, settings)
+
+
+def compared(args: argparse.Namespace, size: Decoder, settings: dict[str, Any]) -> int:
+    """bf16, then each scheme; 1 where one failed or was wrong."""
     floats = random_model(size, args.layers, args.fused, args.device)
     found: list[tuple[str, str, Measured]] = []
     wrong: list[str] = []

@@ -81,6 +81,7 @@ def test_bad_input_of_eval_is_one_sentence(lowp, model, quantized, text, changed
     given = {"--against": model, "--text": text} | changed
     answer = lowp("eval", quantized, *(word for pair in given.items() for word in pair))
     assert answer.is_one_sentence(), (answer.code, answer.err, answer.exception)
+    assert "tokenizer" not in answer.err, "none of these is about the tokenizer"
 
 
 def test_a_file_that_is_no_text_is_one_sentence(lowp, model, quantized, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lowp
-from lowp.errors import KernelError, MisfitError, QuantizedError
+from lowp.errors import KernelError, MisfitError, QuantizedError, SpellingError
 from lowp.numerics import PRESETS, Scheme, dequantize, quantize
 from lowp.numerics.compare import relative_error
 from lowp.quantize import quantize_weight
@@ -74,6 +74,13 @@ def test_dtypes_stay(device):
         model = nn.Sequential(nn.Linear(128, 128)).to(device, dtype)
         lowp.quantize_(model, "int4")
         assert model[0].weight.dtype == dtype and model(torch.randn(2, 128, device=device, dtype=dtype)).dtype == dtype
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_changed():
+    model = nn.Sequential(nn.Linear(128, 64))
+    with pytest.raises(SpellingError, match="cuda:99"):
+        lowp.quantize_(model, "int4", device="cuda:99")
+    assert type(model[0].weight) is nn.Parameter
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""FSDP2 and tensor parallel with QTensor parameters: 2 processes over gloo give what one process gives."""
+"""FSDP2 and tensor parallel with QTensor parameters: 2 processes, over gloo or on 2 GPUs, give what one process gives."""
 
 import faulthandler
 import os
@@ -81,4 +81,6 @@ def test_two_processes(what, device):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(work, args=(2, port, what, device.type), nprocs=2)
+    mp.spawn(
+        work, args=(2, port, what, device.type), nprocs=2
+    )  # raises what a process raised: the assertions of `what`

@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import LowpError, SpellingError
+from ..ops import device_of as device_of
 
 Directory = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A checkpoint's directory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
@@ -132,19 +133,6 @@ _ADVICE = {
 
 
 # -- options that verbs share -----------------------------------------------------------------------------------------
-
-
-def device_of(name: str) -> torch.device:
-    """A device that this machine has, or a SpellingError."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SpellingError.of("device", name, ["cpu", "cuda", "cuda:0"]) from None
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
-        found = f"{count} CUDA devices" if count else "no CUDA device"
-        raise SpellingError(f"device {name!r} is not here, found {found}: use --device cpu, or another machine.")
-    return device
 
 
 def dtype_of(name: str) -> torch.dtype:

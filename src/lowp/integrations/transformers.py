@@ -117,10 +117,11 @@ def tokenizer(directory: str | os.PathLike[str]) -> Any:
     """The tokenizer in a checkpoint's directory.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or no checkpoint.
     """
+    configuration(directory)  # a directory that is missing or no checkpoint is named as such
     try:
-        return _library().AutoTokenizer.from_pretrained(str(check_directory(directory)), local_files_only=True)
+        return _library().AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{directory} wants tokenizer files, got none that transformers can read ({str(error).splitlines()[0]}): "

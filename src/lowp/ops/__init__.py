@@ -9,7 +9,7 @@ from .embedding import embedding
 from .grouped import grouped
 from .linear import linear
 from .matmul import matmul
-from .registry import Case, Kernel, best_layout, explain, kernels_of, pick, strict
+from .registry import Case, Kernel, best_layout, device_of, explain, kernels_of, pick, strict
 
 __all__ = [
     "Case",
@@ -17,6 +17,7 @@ __all__ = [
     "best_layout",
     "cast",
     "cast_codes_as",
+    "device_of",
     "embedding",
     "explain",
     "fake_cast",

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import KernelError
+from ..errors import KernelError, SpellingError
 from ..layouts import LAYOUTS, Spec
 from ..layouts.base import Packed, Schemed
 from ..numerics import Scheme
@@ -176,6 +176,26 @@ def device_capability(device: str, index: int | None) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        SpellingError: it is no device, or not here.
+
+    >>> device_of("cpu")
+    device(type='cpu')
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SpellingError.of("device", str(name), ["cpu", "cuda", "cuda:0"]) from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        found = f"{count} CUDA devices" if count else "no CUDA device"
+        raise SpellingError(f"device {str(name)!r} is not here, found {found}: use cpu, or another machine.")
+    return device
 
 
 _STRICT: contextvars.ContextVar[bool] = contextvars.ContextVar("lowp_strict", default=False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import KernelError, MisfitError, QuantizedError
 from ..numerics import Parts, Scheme
 from ..numerics.compare import relative_error
+from ..ops import device_of
 from ..tensor import QTensor
 from .match import PlanRow, Rules, Target, planned, table
 from .method import METHODS, method_of
@@ -167,6 +168,7 @@ def quantize_(
     >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64))
     >>> report = quantize_(model, "int4")
     """
+    device = None if device is None else device_of(device)
     rows = list(planned(model, rules, method=method, device=device, on_misfit=on_misfit))
     if strict:
         _refuse_fallbacks([row for _, row in rows])
