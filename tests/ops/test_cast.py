@@ -12,7 +12,7 @@ import torch
 from lowp.errors import KernelError
 from lowp.kernels.triton_ import interpreted
 from lowp.numerics import Format, Scheme, dequantize, known_formats
-from lowp.ops import cast, cast_codes_as, fake_cast, kernels_of, strict
+from lowp.ops import cast, cast_codes_as, cast_interleaved, fake_cast, kernels_of, strict
 from lowp.ops.cast import case_of_cast, codes_reference, fake_reference, reference
 from lowp.ops.linear import act_values
 from lowp.tensor import QTensor
@@ -131,6 +131,24 @@ def test_codes_as_floats_are_exact(spelling, dtype, device):
             codes, scale_M = run(x, fmt, dtype)
             assert codes.dtype == dtype and scale_M.shape == (len(x),) and scale_M.is_contiguous()
             assert equal(codes.float() * scale_M[:, None], dequantize(reference(x, fmt), fmt))
+
+
+@pytest.mark.parametrize("spelling", ["e4m3/row", "e5m2/row", "int8/row"])
+def test_interleaved_codes_are_the_codes_in_another_order(spelling, device, poison):
+    fmt, pre = Format.parse(spelling), torch.rand(K, device=device) + 0.5
+    order = [16 * block + 8 * (i % 2) + i // 2 for block in range(K // 16) for i in range(16)]
+    static = torch.full((), 0.013, device=device)
+    for x in (numbers(torch.bfloat16, device), numbers(torch.float16, device)[:7:2]):
+        for act_scale, pre_scale in ((None, None), (None, pre), (static, None)):
+            wanted = reference(x, fmt, act_scale, pre_scale)
+            runs = [kernel.run for kernel in fast("cast_interleaved", fmt, x, act_scale, pre_scale)]
+            assert runs
+            for run in [*runs, cast_interleaved]:
+                codes, scale_M = run(x, fmt, act_scale, pre_scale)
+                assert codes.dtype == wanted.qdata.dtype and scale_M.dtype == torch.float32 and scale_M.is_contiguous()
+                assert equal(scale_M, wanted.scale.expand(len(x), 1)[:, 0])
+                keep = scale_M.isfinite()  # a code beside a scale that is lost says nothing
+                assert torch.equal(codes.view(torch.uint8)[keep], wanted.qdata.view(torch.uint8)[:, order][keep])
 
 
 @pytest.mark.parametrize("scheme", ["int8/row@int8/row+int8", "e4m3/row@e4m3/row", "e4m3/row@e2m1/1x16*e4m3/tensor"])

@@ -32,7 +32,7 @@ from ..ops.tuned import cache_folder
 
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
-_BFLOAT16, _FLOAT16 = 9, 6  # CU_TENSOR_MAP_DATA_TYPE_*
+_BYTES, _TWO_BYTES = 0, 1  # CU_TENSOR_MAP_DATA_TYPE_UINT8, _UINT16: what is copied is not computed with
 _SWIZZLE_128B, _L2_PROMOTION_256B = 3, 3
 
 
@@ -214,16 +214,16 @@ def load_function(cubin: bytes, name: str, *, device: int, threads: int, shared:
     return Function(handle=handle, threads=threads, shared=shared)
 
 
-def tensor_map(x_MK: torch.Tensor, rows: int, columns: int) -> bytes:
-    """A CUtensorMap (128 bytes) of a contiguous 16-bit matrix for boxes of rows x columns, swizzled by 128 bytes.
+def tensor_map(x_MK: torch.Tensor, rows: int) -> bytes:
+    """A CUtensorMap (128 bytes) of a contiguous matrix of 8- or 16-bit numbers, for boxes of rows x 128 bytes, swizzled so.
 
     What lies outside of the matrix reads as zero. The address, and the bytes of a row, must be multiples of 16.
     """
     buffer = ctypes.create_string_buffer(128 + 64)
-    at = -ctypes.addressof(buffer) % 64
-    kind = _BFLOAT16 if x_MK.dtype == torch.bfloat16 else _FLOAT16
+    at, size = -ctypes.addressof(buffer) % 64, x_MK.element_size()
+    kind, columns = (_BYTES, 128) if size == 1 else (_TWO_BYTES, 64)
     sizes = (ctypes.c_uint64 * 2)(x_MK.shape[1], x_MK.shape[0])
-    strides = (ctypes.c_uint64 * 1)(x_MK.shape[1] * 2)  # a single row may say any stride
+    strides = (ctypes.c_uint64 * 1)(x_MK.shape[1] * size)  # a single row may say any stride
     box, steps = (ctypes.c_uint32 * 2)(columns, rows), (ctypes.c_uint32 * 2)(1, 1)
     status = _driver().cuTensorMapEncodeTiled(
         ctypes.c_void_p(ctypes.addressof(buffer) + at), kind, 2, ctypes.c_void_p(x_MK.data_ptr()), sizes, strides, box, steps,

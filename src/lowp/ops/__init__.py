@@ -4,7 +4,7 @@ An op is one file here: its contract and its reference, the meaning of the op in
 under `kernels/`: it says which cases it can run and runs them. `pick` chooses, by what is fixed when a graph is traced.
 """
 
-from .cast import cast, cast_codes_as, fake_cast
+from .cast import cast, cast_codes_as, cast_interleaved, fake_cast
 from .embedding import embedding
 from .grouped import grouped
 from .linear import linear
@@ -17,6 +17,7 @@ __all__ = [
     "best_layout",
     "cast",
     "cast_codes_as",
+    "cast_interleaved",
     "device_of",
     "embedding",
     "explain",

@@ -3,8 +3,9 @@
     cast            x_MK -> Parts                          codes and scales, as `quantize` answers them
     fake_cast       x_MK -> values in x's dtype            quantized and dequantized: what a float product wants to see
     cast_codes_as   x_MK -> codes in bf16 or fp16, scale_M    for a float product that multiplies by the token's scale after
+    cast_interleaved    x_MK -> codes of 8 bits, scale_M      for a product that wants the halves of each 16 columns interleaved
 
-All three first multiply by `pre_scale` (AWQ, SmoothQuant) where there is one, and take the scale from the token itself
+All four first multiply by `pre_scale` (AWQ, SmoothQuant) where there is one, and take the scale from the token itself
 (dynamic) or from `act_scale` (static). The references below are `numerics`; a kernel answers the same bytes and scales, in one
 pass over memory.
 
@@ -68,6 +69,22 @@ def cast_codes_as(
     return answer
 
 
+def cast_interleaved(
+    x_MK: Tensor, fmt: Format, act_scale: Tensor | None = None, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize an activation for `kernels/cuda_/multiply8.cu`: column 8 h + i of each 16 stands at 2 i + h.
+
+    Args:
+        x_MK: (M, K), K a multiple of 16. fmt: codes of 8 bits without a zero point, a float32 scale for each row.
+
+    Returns:
+        (M, K) codes in that order, in the element's dtype; (M,) scales, float32, contiguous.
+    """
+    kernel = _kernel("cast_interleaved", x_MK, fmt, act_scale, pre_scale)
+    answer: tuple[Tensor, Tensor] = kernel.run(x_MK, fmt, act_scale, pre_scale)
+    return answer
+
+
 def case_of_cast(op: str, x_MK: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale: Tensor | None) -> Case:
     """The case of a cast: its scheme is the activation's format, its shape (K,), whatever the number of tokens."""
     device = x_MK.device
@@ -125,3 +142,13 @@ def codes_reference(
     codes = fmt.element.decode(parts.qdata)
     codes = codes if parts.zero_point is None else codes - parts.zero_point.to(torch.float32)
     return codes.to(dtype), parts.scale.to(torch.float32).reshape(-1).expand(x_MK.shape[0]).contiguous()
+
+
+def interleaved_reference(
+    x_MK: Tensor, fmt: Format, act_scale: Tensor | None = None, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The meaning of cast_interleaved."""
+    parts = reference(x_MK, fmt, act_scale, pre_scale)
+    assert parts.scale is not None
+    codes = parts.qdata.view(torch.uint8).unflatten(-1, (-1, 2, 8)).mT.flatten(-3).contiguous()
+    return codes.view(parts.qdata.dtype), parts.scale.reshape(-1).expand(x_MK.shape[0]).contiguous()

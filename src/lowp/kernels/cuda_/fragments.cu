@@ -12,7 +12,7 @@
 // What is compiled in (-D): NPLANES PW0..PW2 (widths of bit planes, low bits first), KIND (0 integer, 1 small float, 2 codebook),
 // SIGNED, EBITS and EBIAS (of a float), GROUP (columns that share a scale; 0: a scale for each row, or one), SCALE (0 bf16, 1 fp16,
 // 2 fp32, 3 e8m0, 4 e4m3 with a scale of the tensor, 5 int8 in blocks of `nest`), ZERO (0 none, 1 int8, 2 uint8, 3 bf16, 4 fp16,
-// 5 fp32), F16 (type of x, y and the decoded weight: 0 bf16, 1 fp16), and the sizes of a tile:
+// 5 fp32), F16 (type of y, bias and decoded floats: 0 bf16, 1 fp16), X_BITS (16: x in that type too, 8: e4m3), and the sizes of a tile:
 // MT (64-row tiles of a warpgroup), WGS (warpgroups that multiply), BM (tokens), KC (64-column chunks of a stage), STAGES.
 //
 // Legend: M tokens, N output channels, K input channels; a chunk is 64 columns, a unit the 64 x 64 weights of a chunk.
@@ -27,7 +27,7 @@ typedef unsigned long long u64;
 #define DEVICE __device__ __forceinline__
 
 struct Params {
-  alignas(64) u8 x_map[128];  // CUtensorMap of x (M, K), box 64 columns by BM tokens, 128-byte swizzle
+  alignas(64) u8 x_map[128];  // CUtensorMap of x (M, K), box 128 bytes by BM tokens, 128-byte swizzle
   const u8* codes;            // [N/64][K/64][512 * bits bytes], layout `fragments`
   const u8* scale;            // [N/64][K/GROUP][64], or one for each row, or one
   const u8* zero;             // as scale
@@ -35,6 +35,7 @@ struct Params {
   const float* scale_zero;    // SCALE 5
   const u16* bias;            // [N] in the type of y, or null
   const u16* table;           // KIND 2: 16 values in the type of x
+  const float* x_scale;       // X_BITS 8: [M]
   u16* y;                     // [M, N]
   float4* partial;            // STREAM: sums that a block leaves to another, [block * WGS + warpgroup][MT * BM / 8][128 lanes]
   u32* left;                  // STREAM: 1 once they are there, 0 before; same order
@@ -49,9 +50,9 @@ constexpr int SCALE_BYTES = SCALE == 2 ? 4 : SCALE < 2 ? 2 : 1;
 constexpr int ZERO_BYTES = ZERO == 0 ? 0 : ZERO == 5 ? 4 : ZERO > 2 ? 2 : 1;
 constexpr int COLUMNS = GROUP == 0 ? 64 : GROUP;  // that share a scale
 constexpr int GROUPS = GROUP == 0 ? 0 : GROUP >= 64 * KC ? 1 : 64 * KC / GROUP;  // scale groups a stage
-constexpr int X_CHUNK = BM * 128;                                                 // bytes of 64 columns of x
+constexpr int X_CHUNK = BM * 128;                                                 // bytes of a tile of x
 constexpr int TABLE_BYTES = KIND == 2 ? 32768 : 0;
-constexpr int OUT_TOKENS = BM < 64 ? BM : 64;  // that a warpgroup writes at a time
+constexpr int OUT_TOKENS = BM < 64 ? BM : BM % 64 == 0 ? 64 : 32;  // that a warpgroup writes at a time
 constexpr int OUT_PITCH = 64 + 8;              // 16-bit words between them in shared memory: no bank conflict
 constexpr int OUT_BYTES = OUT_TOKENS * OUT_PITCH * 2;
 

@@ -1,8 +1,10 @@
-"""Weights in 1 to 8 bits times bf16 or fp16 on Hopper's tensor cores: for every element, and for every batch.
+"""Weights in 1 to 8 bits times bf16, fp16 or e4m3 on Hopper's tensor cores: for every element, and for every batch.
 
     y_MN = x_MK @ ((qdata_NK - zero_point) * scale).T + bias_N
 
-Where the scheme quantizes the activation too, x is quantized and dequantized first: the same meaning, in the same kernel.
+Where the scheme quantizes the activation to e4m3 by row, and the weight's elements are e4m3 numbers too, float8 tensor cores
+multiply the codes, at twice the rate (`multiply8.cu`). Other activation formats are quantized and dequantized first: the same
+meaning, with floats (`multiply16.cu`).
 
 What depends on the batch M is decided here: the tile (how many tokens, how many rows), over how many blocks the columns are
 split, and whether the weight is decoded once, to a workspace, and cuBLAS multiplies. `tiling.py` lists what may be chosen
@@ -33,17 +35,16 @@ from ...layouts.base import Packed
 from ...layouts.fragments import UNIT, by_group, planes
 from ...numerics import Format, Scheme, known_formats
 from ...ops import tuned
-from ...ops.cast import cast, fake_cast
-from ...ops.how import decoded, float_units, with_activation
+from ...ops.cast import cast_interleaved, fake_cast
+from ...ops.how import decoded, float_units, native, with_activation
 from ...ops.linear import prescale
 from ...ops.registry import Case, Kernel
 from .. import nvrtc
-from ..torch_.scaled_mm import scaled_mm_blocks
 from .tiling import Tiling, candidates, choose, shared_bytes
 
 _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3, "e4m3": 4}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
-_PARAMS = struct.Struct("128s10Q5i")  # as `Params` in fragments.cu
+_PARAMS = struct.Struct("128s11Q5i")  # as `Params` in fragments.cu
 _TENSORS = ("scale", "zero_point", "scale_scale", "scale_zero_point")
 _FOLDER = Path(__file__).parent
 
@@ -68,6 +69,7 @@ def _numbers(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[st
         "SCALE": scale,
         "ZERO": _ZEROS[fmt.zero_point] if fmt.zero_point else 0,
         "F16": int(dtype == torch.float16),
+        "X_BITS": 8 if _in_float8(scheme, shape) else 16,
     }
 
 
@@ -76,22 +78,27 @@ def _file(name: str) -> str:
     return (_FOLDER / f"{name}.cu").read_text(encoding="utf-8")
 
 
-def _wgmma(tokens: int, f16: int) -> str:
+def _wgmma(tokens: int, numbers: dict[str, int]) -> str:
     """The one instruction whose text depends on its size."""
-    n, kind = tokens // 2, "f16" if f16 else "bf16"
+    n, float8 = tokens // 2, numbers["X_BITS"] == 8
+    kind = "e4m3" if float8 else "f16" if numbers["F16"] else "bf16"
     sums, a = ", ".join(f"%{i}" for i in range(n)), ", ".join(f"%{n + i}" for i in range(4))
     outputs, inputs = ", ".join(f'"+f"(d[{i}])' for i in range(n)), ", ".join(f'"r"(a[{i}])' for i in range(4))
+    shape, signs = f"m64n{tokens}k{32 if float8 else 16}", "1, 1" if float8 else "1, 1, 0"
     return (
         f"DEVICE void wgmma(float (&d)[{n}], const u32 (&a)[4], u64 b, int accumulate) {{\n"
         f'  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{n + 5}, 0;\\n"\n'
-        f'    "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} {{{sums}}}, {{{a}}}, %{n + 4}, p, 1, 1, 0; }}"\n'
+        f'    "wgmma.mma_async.sync.aligned.{shape}.f32.{kind}.{kind} {{{sums}}}, {{{a}}}, %{n + 4}, p, {signs}; }}"\n'
         f'    : {outputs} : {inputs}, "l"(b), "r"(accumulate));\n}}\n'
     )
 
 
 def text_of(kernel: str, defines: dict[str, int]) -> str:
     """The whole text of a kernel: "product" or "weight"."""
-    return _file("fragments") + _file(kernel).replace("//@WGMMA@", _wgmma(defines["BM"], defines["F16"]))
+    text = _file("fragments") + _file(kernel)
+    if kernel != "product":
+        return text
+    return text.replace("//@MULTIPLY@", _wgmma(defines["BM"], defines) + _file(f"multiply{defines['X_BITS']}"))
 
 
 def _compile(kernel: str, defines: dict[str, int]) -> bytes:
@@ -108,9 +115,9 @@ def compile_product(tiling: Tiling, numbers: dict[str, int]) -> bytes:
     return _compile("product", numbers | sizes)
 
 
-def compile_decoder(numbers: dict[str, int], e4m3: bool) -> bytes:
+def compile_decoder(numbers: dict[str, int]) -> bytes:
     """The cubin that decodes a whole weight."""
-    sizes = {"MT": 1, "WGS": 1, "BM": 8, "KC": 1, "BAND": 1, "FROM_GLOBAL": 1, "E4M3": int(e4m3)}
+    sizes = {"MT": 1, "WGS": 1, "BM": 8, "KC": 1, "BAND": 1, "FROM_GLOBAL": 1}
     return _compile("weight", numbers | sizes)
 
 
@@ -130,27 +137,15 @@ def _product(tiling: Tiling, numbers: Numbers, device: int) -> nvrtc.Function:
 
 
 @functools.cache
-def _decoder(numbers: Numbers, e4m3: bool, device: int) -> nvrtc.Function:
-    told = dict(numbers) | ({"GROUP": 0, "F16": 1} if e4m3 else {})
+def _decoder(numbers: Numbers, device: int) -> nvrtc.Function:
+    told = dict(numbers)
     table = 32768 if told["KIND"] == 2 else 0
-    return nvrtc.load_function(compile_decoder(told, e4m3), "weight", device=device, threads=128, shared=table)
+    return nvrtc.load_function(compile_decoder(told), "weight", device=device, threads=128, shared=table)
 
 
 @functools.cache
 def _table(scheme: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     return Scheme.parse(scheme).weight.element.table(device).to(dtype)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Plan:
-    """How a batch is multiplied.
-
-    Args:
-        tiling: of the product, or None: decode first, then cuBLAS. float8: as float8 numbers, see `_float8`.
-    """
-
-    tiling: Tiling | None
-    float8: bool
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,7 +163,7 @@ class _Weight:
     nest: int
     processors: int
     act: Format | None
-    float8: bool
+    float8: bool  # the product's x is e4m3
 
 
 @functools.cache
@@ -186,7 +181,7 @@ def _weight(scheme: str, shape: tuple[int, ...], dtype: torch.dtype, device: tor
         nest=math.prod(fmt.nested.block_dims(fmt.scale_shape(shape))) if fmt.nested else 1,
         processors=torch.cuda.get_device_properties(device).multi_processor_count,
         act=parsed.act,
-        float8=_as_float8(scheme, shape, dtype),
+        float8=numbers["X_BITS"] == 8,
     )
 
 
@@ -199,6 +194,7 @@ def _fill(
     packed: Packed,
     weight: _Weight,
     bias: Tensor | None,
+    x_scale: Tensor | None,
     out: Tensor,
     partial: Tensor | None,
     left: Tensor | None,
@@ -213,11 +209,11 @@ def _fill(
             )
     _PARAMS.pack_into(
         _LOCAL.arguments, 0, x_map, *map(_address, tensors), weight.table,
-        *map(_address, (out, partial, left)), *sizes, weight.stride, weight.nest,
+        *map(_address, (x_scale, out, partial, left)), *sizes, weight.stride, weight.nest,
     )  # fmt: skip
 
 
-_MAPS: dict[tuple[int, int, int, int], bytes] = {}  # tensor maps by address and size
+_MAPS: dict[tuple[int, int, int, int, torch.dtype], bytes] = {}  # tensor maps by address and size
 
 
 class _Local(threading.local):
@@ -232,29 +228,37 @@ _LOCAL = _Local()
 
 
 def _map_of(x_MK: Tensor, bm: int) -> bytes:
-    key = (x_MK.data_ptr(), x_MK.shape[0], x_MK.shape[1], bm if x_MK.dtype is torch.bfloat16 else -bm)
+    key = (x_MK.data_ptr(), x_MK.shape[0], x_MK.shape[1], bm, x_MK.dtype)
     found = _MAPS.get(key)
     if found is None:
         if len(_MAPS) > 16384:
             _MAPS.clear()
-        found = _MAPS[key] = nvrtc.tensor_map(x_MK, bm, UNIT)
+        found = _MAPS[key] = nvrtc.tensor_map(x_MK, bm)
     return found
 
 
 def product(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, tiling: Tiling) -> Tensor:
-    """The product by one tiling. x_MK, bias: contiguous, of one dtype, bf16 or fp16, on CUDA; x_MK at an address of 16 bytes."""
-    tokens, columns = x_MK.shape
+    """The product by one tiling.
+
+    Args:
+        x_MK: bf16 or fp16, on CUDA. Where float8 is multiplied it is cast here; else it is contiguous, at an address of 16 bytes.
+        bias: contiguous, of x's dtype.
+    """
+    (tokens, columns), dtype = x_MK.shape, x_MK.dtype
     rows, device = spec.shape[0], x_MK.device
-    weight = _weight(spec.scheme, spec.shape, x_MK.dtype, device)
+    weight = _weight(spec.scheme, spec.shape, dtype, device)
     function = _product(tiling, weight.key, device.index)
-    y_MN = torch.empty((tokens, rows), dtype=x_MK.dtype, device=device)
+    x_scale = partial = left = None
+    if weight.float8:
+        assert weight.act is not None
+        x_MK, x_scale = cast_interleaved(x_MK, weight.act, packed.get("act_scale"), packed.get("act_pre_scale"))
+    y_MN = torch.empty((tokens, rows), dtype=dtype, device=device)
     grid = tiling.grid(tokens, rows, columns, weight.processors)
-    partial = left = None
     if tiling.stream:
         partial = torch.empty((grid, tiling.rows * tiling.bm), dtype=torch.float32, device=device)
         left = torch.zeros((grid, tiling.wgs), dtype=torch.int32, device=device)
-    _fill(_map_of(x_MK, tiling.bm), packed, weight, bias, y_MN, partial, left, (tokens, rows, columns))
-    early = _unchanged(packed, x_MK.dtype)
+    _fill(_map_of(x_MK, tiling.bm), packed, weight, bias, x_scale, y_MN, partial, left, (tokens, rows, columns))
+    early = _unchanged(packed, dtype)
     function.launch((grid, 1), _LOCAL.arguments, torch._C._cuda_getCurrentRawStream(device.index), early)
     return y_MN
 
@@ -279,75 +283,51 @@ def _unchanged(packed: Packed, dtype: torch.dtype) -> bool:
     return False
 
 
-def decode(packed: Packed, spec: Spec, dtype: torch.dtype, e4m3: bool = False) -> Tensor:
-    """The weight (N, K) in `dtype`, or its elements without scales in e4m3."""
+def decode(packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K) in `dtype`."""
     rows, columns = spec.shape
     device = packed["qdata"].device
     weight = _weight(spec.scheme, spec.shape, dtype, device)
-    function = _decoder(weight.key, e4m3, device.index)
-    w_NK = torch.empty((rows, columns), dtype=torch.float8_e4m3fn if e4m3 else dtype, device=device)
+    function = _decoder(weight.key, device.index)
+    w_NK = torch.empty((rows, columns), dtype=dtype, device=device)
     tiles = -(-rows // UNIT)
     pieces = min(columns // UNIT, max(1, -(-weight.processors * 16 // tiles)))
-    _fill(bytes(128), packed, weight, None, w_NK, None, None, (0, rows, columns))
+    _fill(bytes(128), packed, weight, None, None, w_NK, None, None, (0, rows, columns))
     function.launch((tiles, pieces), _LOCAL.arguments, torch._C._cuda_getCurrentRawStream(device.index))
     return w_NK
 
 
 @tuned.kept
-def _plan(weight: _Weight, tokens: int) -> _Plan:
-    """What a batch runs by: what was measured, else the rule."""
+def _tiling(weight: _Weight, tokens: int) -> Tiling | None:
+    """What a batch runs by, what was measured or else the rule's; None: decode first, then cuBLAS."""
     measured = tuned.choice("mixed", tuned.key_of(weight.scheme, weight.dtype, weight.shape, tokens))
-    if measured is not None and set(measured) == {"how"}:
-        return _Plan(tiling=None, float8=measured["how"] == "float8")
-    tiling = tuned.record_of(Tiling, measured)
-    if tiling is not None:
-        return _Plan(tiling=tiling, float8=False)
-    float8 = weight.float8 and tokens >= _FLOAT8_FROM
-    return _Plan(
-        tiling=None if float8 else choose(tokens, *weight.shape, weight.numbers, weight.processors), float8=float8
-    )
+    if measured == _DECODE:
+        return None
+    return tuned.record_of(Tiling, measured) or choose(tokens, *weight.shape, weight.numbers, weight.processors)
+
+
+_DECODE = {"how": "decode"}
 
 
 def _candidates(case: Case, tokens: int) -> list[dict[str, Any]]:
     """For `lowp tune`: every tiling, and decoding first."""
     numbers = _numbers(case.scheme, case.shape, getattr(torch, case.dtype))
-    found = [*(dataclasses.asdict(one) for one in candidates(tokens, case.shape[1], numbers)), {"how": "decode"}]
-    return [*found, {"how": "float8"}] if _as_float8(case.scheme, case.shape, getattr(torch, case.dtype)) else found
+    return [*(dataclasses.asdict(one) for one in candidates(tokens, case.shape[1], numbers)), _DECODE]
 
 
-# -- 4-bit weights, float8 activations -----------------------------------------------------------------------------------
-
-_FLOAT8_FROM = 1024  # tokens from which decoding to float8 and torch's blockwise product are the faster way, measured
-
-
-def _as_float8(scheme: str, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether the product can be one of float8 numbers: exact elements with a scale for each 128 columns, activations by row."""
+def _in_float8(scheme: str, shape: tuple[int, ...]) -> bool:
+    """Whether float8 tensor cores multiply: elements that e4m3 holds, scales that are floats, of rows or of whole k32 columns."""
     parsed = Scheme.parse(scheme)
     weight, act = parsed.weight, parsed.act
-    exact = (
-        weight.element.bits <= 4 and weight.element.kind != "codebook"
-    )  # integers up to 16 and float4 are e4m3 numbers
-    blocks = weight.block == "1x128" and weight.nested is None and not weight.zero_point and shape[1] % 512 == 0
-    return exact and blocks and shape[0] % 16 == 0 and dtype == torch.bfloat16 and str(act) == "e4m3/row"
+    if str(act) != "e4m3/row" or weight.nested or weight.zero_point or shape[-1] % 128:
+        return False
+    element = weight.element
+    exact = max(abs(element.min), abs(element.max)) <= 16 if element.kind == "int" else element.name in _WITHIN_E4M3
+    columns = weight.block_dims(shape)[1] if by_group(weight) else 128
+    return exact and (columns in (32, 64) or columns % 128 == 0)
 
 
-def _float8(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, weight: _Weight) -> Tensor:
-    """y = sum over blocks of 128 columns of (x_q @ w_q.T) * x_scale_M * w_scale_NG, on float8 tensor cores: twice bf16's rate.
-
-    The weight's elements are decoded once, exactly, without their scales; torch's blockwise product multiplies by these.
-    """
-    tokens, rows, groups = x_MK.shape[0], spec.shape[0], spec.shape[1] // 128
-    assert weight.act is not None
-    more = -tokens % 16  # cuBLAS wants columns of scales to start at multiples of 16 bytes
-    parts = cast(x_MK, weight.act, packed.get("act_scale"), packed.get("act_pre_scale"))
-    assert parts.scale is not None
-    codes = F.pad(parts.qdata.view(torch.uint8), (0, 0, 0, more)).view(torch.float8_e4m3fn) if more else parts.qdata
-    x_scale_GM = F.pad(parts.scale.view(1, -1), (0, more)).expand(groups, -1).contiguous()
-    w_scale_GN = packed["scale"].permute(1, 0, 2).reshape(groups, -1)[:, :rows].float().contiguous()
-    y_MN = scaled_mm_blocks(codes, x_scale_GM.t(), decode(packed, spec, torch.float16, e4m3=True), w_scale_GN.t())[
-        :tokens
-    ]
-    return y_MN if bias is None else y_MN + bias.to(y_MN.dtype)
+_WITHIN_E4M3 = ("e2m1", "e2m3", "e3m2", "e4m3")
 
 
 # -- the op -----------------------------------------------------------------------------------------------------------
@@ -365,20 +345,23 @@ def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Te
             )
     with torch.cuda.device(device) if device.index != torch.cuda.current_device() else contextlib.nullcontext():
         weight = _weight(spec.scheme, spec.shape, dtype, device)
-        plan = _plan(weight, tokens)
-        if plan.float8:
-            return _float8(x_MK, packed, spec, bias, weight)
-        if weight.act is not None:
-            x_MK = fake_cast(x_MK, weight.act, packed.get("act_scale"), packed.get("act_pre_scale"))
-        elif "act_pre_scale" in packed:
-            x_MK = prescale(x_MK, packed)
+        tiling = _tiling(weight, tokens)
         if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
             bias = bias.to(dtype).contiguous()
-        if not x_MK.is_contiguous() or x_MK.data_ptr() % 16:
-            x_MK = x_MK.clone(memory_format=torch.contiguous_format)
-        if plan.tiling is None:
-            return F.linear(x_MK, decode(packed, spec, dtype), bias)
-        return product(x_MK, packed, spec, bias, plan.tiling)
+        if tiling is None:
+            return F.linear(_floats(x_MK, packed, weight), decode(packed, spec, dtype), bias)
+        return product(x_MK if weight.float8 else _floats(x_MK, packed, weight), packed, spec, bias, tiling)
+
+
+def _floats(x_MK: Tensor, packed: Packed, weight: _Weight) -> Tensor:
+    """What a product of floats multiplies: pre-scaled, quantized and dequantized where the scheme says so, contiguous."""
+    if weight.act is not None:
+        x_MK = fake_cast(x_MK, weight.act, packed.get("act_scale"), packed.get("act_pre_scale"))
+    elif "act_pre_scale" in packed:
+        x_MK = prescale(x_MK, packed)
+    if not x_MK.is_contiguous() or x_MK.data_ptr() % 16:
+        x_MK = x_MK.clone(memory_format=torch.contiguous_format)
+    return x_MK
 
 
 _OPS = torch.library.Library("lowp", "FRAGMENT")
@@ -442,10 +425,9 @@ def _why_not(case: Case) -> str:
 
 
 def _how(case: Case) -> str:
-    said = with_activation(case, f"{decoded(case, 'in registers')}, {float_units(case)}")
-    if not _as_float8(case.scheme, case.shape, getattr(torch, case.dtype)):
-        return said
-    return f"{said}; native from {_FLOAT8_FROM} tokens on: {decoded(case, 'exactly', 'e4m3')}, float8 tensor cores"
+    if _in_float8(case.scheme, case.shape):
+        return native(case, f"{decoded(case, 'in registers', 'e4m3')}, float8 tensor cores")
+    return with_activation(case, f"{decoded(case, 'in registers')}, {float_units(case)}")
 
 
 def _cases() -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 // What. y^T = W x^T: W is the left operand of wgmma, m64 rows by n = BM tokens by k16, so that a batch of 8 tokens fills the
 // instruction. Its registers are where the codes are decoded: no decoded weight ever touches memory.
 //
-// How. One producer warp streams codes, scales and the tile of x into shared memory by bulk copies, STAGES deep. A warpgroup
-// decodes the next unit while the tensor cores work on the last: two sets of registers take turns. The blocks of a cluster share
-// the columns of a tile (SPLIT) and add their sums through distributed shared memory, in fixed order.
+// How. One producer warp streams codes, scales and the tile of x into shared memory by bulk copies, STAGES deep. Warpgroups decode
+// and multiply: see multiply16.cu (x in bf16 or fp16) and multiply8.cu (x in e4m3). The blocks of a cluster share the columns of a
+// tile (SPLIT) and add their sums through distributed shared memory, in fixed order.
 
 constexpr int ROWS = 64 * MT * WGS;
-constexpr int CODES_AT = KC * X_CHUNK;
+constexpr int X_COLUMNS = 1024 / X_BITS, X_CHUNKS = KC * 64 / X_COLUMNS;  // 128 bytes of a token; chunks of x in a stage
+constexpr int CODES_AT = X_CHUNKS * X_CHUNK;
 constexpr int SCALES_AT = CODES_AT + MT * WGS * KC * UNIT_BYTES;
 constexpr int ZEROS_AT = SCALES_AT + MT * WGS * GROUPS * 64 * SCALE_BYTES;
 constexpr int STAGE_USED = ZEROS_AT + MT * WGS * GROUPS * 64 * ZERO_BYTES;
@@ -18,9 +19,11 @@ constexpr int CONSUMERS = 128 * WGS;
 // Large tiles want more registers than an even share: whole warpgroups then trade them.
 constexpr bool TRADE = WGS == 2 && MT * BM >= 128;
 constexpr int THREADS = CONSUMERS + (TRADE ? 128 : 32);
-constexpr int TURNS = MT == 2 || KC % 2 == 0 ? 1 : 2;  // stages until the two sets of A registers are where they were
 
-//@WGMMA@
+// The stages in shared memory, and which one comes next.
+struct Pipe { u32 stages, full, empty; int s; u32 phase; };
+
+//@MULTIPLY@
 
 // The share of the work of a block: segments of tiles, counted in turns. SPLIT: the ranks of a cluster take equal parts of one tile.
 // STREAM: what does not fill a last round of whole tiles is cut into equal parts, tile after tile, so that all blocks end together
@@ -86,13 +89,13 @@ product(const __grid_constant__ Params p) {
   const int groups = GROUP == 0 ? 0 : p.K / COLUMNS;
 
   if (warp >= 4 * WGS) {  // the producer
-    if constexpr (TRADE) asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    if constexpr (TRADE) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(X_BITS == 8 ? 40 : 56));
     if (warp == 4 * WGS && lane == 0) {
       const bool once = token_tiles == 1;
       auto copy_weight = [&](const Tile& tile, int k, int s) {
         const int n64 = tile.row * MT * WGS, height = min(MT * WGS, n64_all - n64);
         const u32 at = stages + s * STAGE_BYTES, bar = full + 8 * s;
-        barrier_expect(bar, KC * X_CHUNK + height * (KC * UNIT_BYTES + GROUPS * 64 * (SCALE_BYTES + ZERO_BYTES)));
+        barrier_expect(bar, X_CHUNKS * X_CHUNK + height * (KC * UNIT_BYTES + GROUPS * 64 * (SCALE_BYTES + ZERO_BYTES)));
         for (int t = 0; t < height; t++) {
           copy_bytes(at + CODES_AT + t * KC * UNIT_BYTES, p.codes + ((u64)(n64 + t) * chunks + k * KC) * UNIT_BYTES, KC * UNIT_BYTES,
                      bar, once ? EVICT_FIRST : EVICT_LAST);
@@ -123,8 +126,9 @@ product(const __grid_constant__ Params p) {
             copy_weight(tile, k, s);
           }
 #pragma unroll
-          for (int c = 0; c < KC; c++)
-            copy_tile(stages + s * STAGE_BYTES + c * X_CHUNK, p.x_map, (k * KC + c) * 64, tile.token * BM, full + 8 * s, EVICT_LAST);
+          for (int c = 0; c < X_CHUNKS; c++)
+            copy_tile(stages + s * STAGE_BYTES + c * X_CHUNK, p.x_map, (k * X_CHUNKS + c) * X_COLUMNS, tile.token * BM, full + 8 * s,
+                      EVICT_LAST);
           if (++s == STAGES) { s = 0; phase ^= 1; }
         }
       }
@@ -135,70 +139,17 @@ product(const __grid_constant__ Params p) {
   }
 
   // a consumer warpgroup: MT * 64 rows
-  if constexpr (TRADE) asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-  const int group_of_warps = warp / 4, lane128 = threadIdx.x % 128;
-  const int row = 16 * (warp % 4) + lane / 4;  // and row + 8
+  if constexpr (TRADE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(X_BITS == 8 ? 232 : 224));
+  const int group_of_warps = warp / 4, row = 16 * (warp % 4) + lane / 4;  // and row + 8
   const u32 start = decode_start(table_at + 4 * lane, p);
   float sum[MT][BM / 2];
-  u32 a[2][4][4];
-  int s = 0;
-  u32 phase = 0;
+  Pipe pipe = {stages, full, empty, 0, 0};
 
   Walk walk(tiles, turns, rank);
   for (Segment segment; walk.next(segment);) {
     const Tile tile = tile_at(segment.tile, row_tiles, token_tiles);
-    const int stage_first = TURNS * segment.first, stage_last = TURNS * segment.last;
     const int n64 = tile.row * MT * WGS + group_of_warps * MT;
-    int last = -1;  // stage to give back
-    if (stage_first == stage_last) {
-#pragma unroll
-      for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int i = 0; i < BM / 2; i++) sum[m][i] = 0.0f;
-    }
-    for (int turn = stage_first; turn < stage_last; turn += TURNS)
-#pragma unroll
-      for (int k = turn; k < turn + TURNS; k++) {
-        barrier_wait(full + 8 * s, phase);
-        const u32 at = stages + s * STAGE_BYTES, x = descriptor_of(at);
-        Rows rows[MT];
-#pragma unroll
-        for (int c = 0; c < KC; c++) {
-#pragma unroll
-          for (int m = 0; m < MT; m++) {
-            const int set = MT == 2 ? m : KC % 2 == 0 ? c & 1 : k - turn;
-            const int unit = group_of_warps * MT + m;
-            const Codes codes = load_codes(at + CODES_AT + (unit * KC + c) * UNIT_BYTES, lane128);
-#pragma unroll
-            for (int step = 0; step < 4; step++) {
-              if constexpr (GROUP > 0) {
-                const int column = 64 * c + 16 * step;
-                if (column % COLUMNS == 0) {
-                  const int g = GROUP >= 64 * KC ? 0 : column / COLUMNS;
-                  const int index = SCALE == 5 ? ((n64 + m) * 64 + row) * groups + (k * KC * 64 + column) / COLUMNS : 0;
-                  rows[m] = load_rows(at + SCALES_AT + (unit * GROUPS + g) * 64 * SCALE_BYTES,
-                                      at + ZEROS_AT + (unit * GROUPS + g) * 64 * ZERO_BYTES, row, p, index, groups);
-                }
-              }
-              if (step == 0) decode_step<0>(a[set][0], codes, rows[m], start);
-              if (step == 1) decode_step<1>(a[set][1], codes, rows[m], start);
-              if (step == 2) decode_step<2>(a[set][2], codes, rows[m], start);
-              if (step == 3) decode_step<3>(a[set][3], codes, rows[m], start);
-            }
-            wgmma_fence();
-#pragma unroll
-            for (int step = 0; step < 4; step++)
-              wgmma(sum[m], a[set][step], descriptor(x, c * X_CHUNK + 32 * step), k > stage_first || c > 0 || step > 0);
-            wgmma_commit();
-            wgmma_wait<1>();
-            if (c == 0 && m == 0 && last >= 0 && lane == 0) barrier_arrive(empty + 8 * last);
-          }
-        }
-        last = s;
-        if (++s == STAGES) { s = 0; phase ^= 1; }
-      }
-    wgmma_wait<0>();
-    if (last >= 0 && lane == 0) barrier_arrive(empty + 8 * last);
+    multiply(sum, pipe, p, TURNS * segment.first, TURNS * segment.last, group_of_warps * MT, n64, tile.token * BM, start);
 
     if constexpr (STREAM) {
       if (segment.first > 0) {  // the rest of a tile that another block began

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...layouts.fragments import UNIT
 
-_SHARED = 227 * 1024  # of one block, on sm90
+_SHARED = 226 * 1024  # of one block on sm90, less what a kernel has of its own: its barriers
 _SHARED_OF_PROCESSOR = 228 * 1024
 _OUT_PITCH = 72 * 2  # bytes between tokens, as OUT_PITCH in fragments.cu
 
@@ -62,8 +62,10 @@ def _bytes(tiling: Tiling, numbers: dict[str, int]) -> tuple[int, int]:
     scale = (2, 2, 4, 1, 1, 1)[numbers["SCALE"]] + (0, 1, 1, 2, 2, 4)[numbers["ZERO"]]
     groups = 0 if not group else max(1, 64 * tiling.kc // group)
     codes = tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
-    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * min(tiling.bm, 64) * _OUT_PITCH
-    return -(-(tiling.kc * tiling.bm * 128 + codes) // 1024) * 1024, 1024 + table + (out if tiling.split == 1 else 0)
+    tokens = tiling.bm if tiling.bm < 64 else 64 if tiling.bm % 64 == 0 else 32  # OUT_TOKENS
+    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * tokens * _OUT_PITCH
+    x = tiling.kc * tiling.bm * 8 * numbers["X_BITS"]
+    return -(-(x + codes) // 1024) * 1024, 1024 + table + (out if tiling.split == 1 else 0)
 
 
 def shared_bytes(tiling: Tiling, numbers: dict[str, int]) -> int:
@@ -79,6 +81,12 @@ _SHAPES = (  # mt, wgs, kc, most stages, blocks on a processor: for up to so man
     (128, ((1, 2, 2, 4, 1), (2, 2, 1, 6, 1))),
     (256, ((1, 2, 1, 6, 1),)),
 )
+_SHAPES_FLOAT8 = (  # the same where x is e4m3: a chunk of x is 128 columns
+    (16, ((1, 1, 4, 4, 4), (1, 2, 4, 4, 2), (2, 1, 4, 4, 3))),
+    (64, ((1, 1, 4, 4, 3), (1, 2, 4, 4, 2))),
+    (128, ((1, 2, 4, 4, 1),)),
+    (256, ((1, 2, 2, 6, 1),)),
+)
 
 
 def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tiling]:
@@ -87,12 +95,16 @@ def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tilin
     Args:
         tokens, columns: M and K. numbers: the weight's format, as mixed.py tells it to the compiler.
     """
-    holds = min(256, max(8, 1 << (tokens - 1).bit_length()))
+    holds, float8 = min(256, max(8, 1 << (tokens - 1).bit_length())), numbers["X_BITS"] == 8
     found = []
-    for bm in (holds,) if holds <= 32 else (holds, holds // 2) if holds <= 128 else (256, 128, 64):
-        for mt, wgs, kc, most, blocks in next(shapes for limit, shapes in _SHAPES if bm <= limit):
+    # RUNNING sums of multiply8.cu are good enough for results in bf16, not for those in fp16.
+    many = (128, 64) if float8 and numbers["F16"] else (256, 128, 64)
+    for bm in (holds,) if holds <= 32 else (holds, holds // 2) if holds <= 128 else many:
+        for mt, wgs, kc, most, blocks in next(
+            shapes for limit, shapes in (_SHAPES_FLOAT8 if float8 else _SHAPES) if bm <= limit
+        ):
             base = Tiling(mt=mt, wgs=wgs, bm=bm, kc=kc, stages=2, blocks=blocks, band=4 if bm == 256 else 16)
-            shared = [dataclasses.replace(base, split=split) for split in ((1,) if bm == 256 else (1, 2, 4, 8))]
+            shared = [dataclasses.replace(base, split=split) for split in ((1,) if bm > 128 else (1, 2, 4, 8))]
             streamed = [dataclasses.replace(base, stream=1)] if bm >= 128 else []
             found += [one for one in (_fitted(each, most, columns, numbers) for each in (*shared, *streamed)) if one]
     return found
@@ -100,12 +112,14 @@ def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tilin
 
 def _fitted(tiling: Tiling, most: int, columns: int, numbers: dict[str, int]) -> Tiling | None:
     """The tiling with as many stages as fit, or None where it does not suit these columns."""
-    chunks, group = columns // UNIT, numbers["GROUP"]
-    while tiling.kc > 1 and (chunks % tiling.kc or (group and group % (64 * tiling.kc) and (64 * tiling.kc) % group)):
+    chunks, group, float8 = columns // UNIT, numbers["GROUP"], numbers["X_BITS"] == 8
+    smallest = 2 if float8 else 1
+    while tiling.kc > smallest and (
+        chunks % tiling.kc or (group and group % (64 * tiling.kc) and (64 * tiling.kc) % group)
+    ):
         tiling = dataclasses.replace(tiling, kc=tiling.kc // 2)
-    turn = tiling.kc * (
-        2 if tiling.mt == 1 and tiling.kc == 1 else 1
-    )  # chunks until both sets of registers had their turn
+    odd = not float8 and tiling.mt == 1 and tiling.kc == 1
+    turn = tiling.kc * (2 if odd else 1)  # chunks of a turn: TURNS in multiply16.cu and multiply8.cu
     if chunks % turn or chunks // turn < 2 * tiling.split:
         return None
     stage, rest = _bytes(tiling, numbers)
@@ -129,8 +143,10 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     if tokens > 64:
         # What the model was fitted to.
         fitted = [one for one in found if (one.mt, one.wgs) == (1, 1 if one.bm == 64 else 2)]
-        return min(fitted or found, key=lambda one: estimate_us(one, tokens, rows, columns, processors))
-    bm, units, chunks = found[0].bm, -(-rows // UNIT), columns // UNIT
+        return min(
+            fitted or found, key=lambda one: estimate_us(one, tokens, rows, columns, processors, numbers["X_BITS"])
+        )
+    bm, units, chunks, float8 = found[0].bm, -(-rows // UNIT), columns // UNIT, numbers["X_BITS"] == 8
     bits = numbers["PW0"] + numbers["PW1"] + numbers["PW2"]
     least, enough = 16, 2.4 if bm <= 16 else 1.45  # chunks of a block; blocks of 64 rows for each multiprocessor
     if bm == 64 and 8 * units < 1.45 * processors:  # so few rows that the tokens are shared out too
@@ -141,11 +157,13 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
         wgs = 2
     elif many:
         mt, wgs = (2, 2) if bm == 64 and units >= 3.3 * processors else (1, 2)
-    elif bm == 8 and 0.3 * processors <= units <= 0.62 * processors and bits <= 4:
+    elif bm <= (16 if float8 else 8) and 0.3 * processors <= units <= 0.62 * processors and bits <= 4:
         mt = 2
     suited = [one for one in found if (one.bm, one.mt, one.wgs) == (bm, mt, wgs)] or found
     resident = processors * wgs * max(one.blocks for one in suited)  # in blocks of 64 rows
     most = min(8, resident // units)
+    if float8 and bm >= 32:  # a product that is done sooner waits for the sums of others longer
+        most = min(most, max(128 // bm, int(0.6 * processors) // units))
     split = 1
     while 2 * split <= most and units * split < enough * processors and chunks // (2 * split) >= least:
         split *= 2
@@ -156,31 +174,50 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     return min(suited, key=lambda one: abs(one.split - split))
 
 
-# Microseconds by tokens of a tile, fitted to sweeps on an H100 (what is chosen is 0.5 % slower than the best on average, 10 % at
-# worst): of a chunk of 64 columns, of a block's end, of the first share of a cluster's sums, of streaming.
-_CHUNK = {64: 0.135, 128: 0.372, 256: 0.703}
-_END = {64: 0.60, 128: 1.33, 256: 0.0}
-_ADD = {64: 0.34, 128: 1.74}
-_STREAM = {128: 10.9, 256: 13.9}
-_START, _ADD_BLOCK, _CHAIN = 2.75, 0.25, 0.29
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """Microseconds by tokens of a tile: of a chunk of 64 columns, of a block's end, of the first share of a cluster's sums, of
+    streaming; and of a start, of each more block of a cluster (a part of the first share), of a chain of stages by the chunk."""
+
+    chunk: dict[int, float]
+    end: dict[int, float]
+    add: dict[int, float]
+    stream: dict[int, float]
+    start: float
+    chain: float
+    add_block: float = 0.25
 
 
-def estimate_us(tiling: Tiling, tokens: int, rows: int, columns: int, processors: int) -> float:
+# By bits of a number of x, fitted to sweeps of more than 64 tokens. 16: on an H100; the choice is 0.5 % slower than the best on
+# average, 10 % at most. 8: on an H200, 0.5 % and 6 %; its start holds the cast.
+_MODELS = {
+    16: _Model(
+        chunk={64: 0.135, 128: 0.372, 256: 0.703}, end={64: 0.60, 128: 1.33, 256: 0.0}, add={64: 0.34, 128: 1.74},
+        stream={128: 10.9, 256: 13.9}, start=2.75, chain=0.29,
+    ),
+    8: _Model(
+        chunk={64: 0.095, 128: 0.294, 256: 0.575}, end={64: 0.36, 128: 0.0, 256: 0.11}, add={64: 1.2, 128: 4.3},
+        stream={128: 14.2, 256: 19.7}, start=5.2, chain=0.17,
+    ),
+}  # fmt: skip
+
+
+def estimate_us(tiling: Tiling, tokens: int, rows: int, columns: int, processors: int, x_bits: int = 16) -> float:
     """A model of the time of a product of more than 64 tokens, in microseconds, to compare tilings by.
 
         rounds of blocks * (chunks of a block * time of a chunk + its end)
 
     Blocks of 64 rows and tokens fit three to a processor: they come in no rounds, but none is faster than its chain of stages.
     """
-    bm, chunks = tiling.bm, columns / UNIT
+    model, bm, chunks = _MODELS[x_bits], tiling.bm, columns / UNIT
     tiles = -(-rows // tiling.rows) * -(-tokens // bm)
     wide = tiling.mt * tiling.wgs / (1 if bm == 64 else 2)  # rows of a block, in those of the fitted one
-    chunk, end = _CHUNK[bm] * wide, _END[bm] * wide
+    chunk, end = model.chunk[bm] * wide, model.end[bm] * wide
     if tiling.stream:  # its blocks read different columns at a time: what they share must stay in the L2 cache
-        shared = 1.02 if 2 * tokens * columns < 80e6 else 1.3
-        return _START + shared * tiles / processors * (chunks * chunk + end) + _STREAM[bm]
+        shared = 1.02 if tokens * columns * x_bits < 640e6 else 1.3
+        return model.start + shared * tiles / processors * (chunks * chunk + end) + model.stream[bm]
     blocks = tiles * tiling.split / processors
     rounds = max(1.0, blocks) if bm == 64 else math.ceil(blocks)
-    add = _ADD[bm] * (1 + _ADD_BLOCK * tiling.split) if tiling.split > 1 else 0.0
-    time = _START + rounds * (chunks / tiling.split * chunk + end + add)
-    return max(time, _START + chunks / tiling.split * _CHAIN + end) if bm == 64 else time
+    add = model.add[bm] * (1 + model.add_block * tiling.split) if tiling.split > 1 else 0.0
+    time = model.start + rounds * (chunks / tiling.split * chunk + end + add)
+    return max(time, model.start + chunks / tiling.split * model.chain + end) if bm == 64 else time

@@ -1,8 +1,8 @@
-// A whole weight, decoded once: [N][K] in the type of x for cuBLAS, or (E4M3) its elements without scales, for a float8 product.
+// A whole weight, decoded once: [N][K] in the type of x, for cuBLAS.
 //
 // A block decodes units of 64 rows, one after another along K, through shared memory, so that rows are written 128 bytes at a time.
 
-constexpr int TILE_PITCH = E4M3 ? 80 : 72;  // elements; rows start at multiples of 16 bytes
+constexpr int TILE_PITCH = 72;  // elements; rows start at multiples of 16 bytes
 
 extern "C" __global__ void __launch_bounds__(128) weight(const __grid_constant__ Params p) {
   __shared__ __align__(16) u16 tile[2][64 * TILE_PITCH];
@@ -40,26 +40,18 @@ extern "C" __global__ void __launch_bounds__(128) weight(const __grid_constant__
       for (int part = 0; part < 4; part++) {
         u32 v = a[step][part];
         const int r = row + 8 * (part & 1), k = 16 * step + 8 * (part >> 1) + 2 * (lane % 4);
-        if constexpr (GROUP == 0 && !E4M3) {
+        if constexpr (GROUP == 0) {
           const float by = n64 * 64 + r < p.N ? scale_value(load_row_scale(p, n64 * 64 + r), p, 0) : 0.0f;
           v = pack_two(to_float((u16)v) * by, to_float((u16)(v >> 16)) * by);
         }
-        if constexpr (E4M3) {
-          u16 two;
-          asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(two) : "r"(v));
-          tile[buffer][r * (TILE_PITCH / 2) + k / 2] = two;
-        } else {
-          *(u32*)&tile[buffer][r * TILE_PITCH + k] = v;
-        }
+        *(u32*)&tile[buffer][r * TILE_PITCH + k] = v;
       }
     __syncthreads();
-    constexpr int BYTES = E4M3 ? 1 : 2, PIECES = 4 * BYTES;  // 16-byte pieces of 64 columns
 #pragma unroll
-    for (int i = lane128; i < 64 * PIECES; i += 128) {
-      const int r = i / PIECES, piece = i % PIECES;
+    for (int i = lane128; i < 64 * 8; i += 128) {
+      const int r = i / 8, k = i % 8 * 8;
       if (n64 * 64 + r < p.N)
-        *(uint4*)((u8*)p.y + ((u64)(n64 * 64 + r) * p.K + 64 * c) * BYTES + 16 * piece) =
-            *(const uint4*)((const u8*)tile[buffer] + r * TILE_PITCH * BYTES + 16 * piece);
+        *(uint4*)(p.y + (u64)(n64 * 64 + r) * p.K + 64 * c + k) = *(const uint4*)(tile[buffer] + r * TILE_PITCH + k);
     }
   }
 }

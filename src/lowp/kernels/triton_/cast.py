@@ -3,6 +3,7 @@
     codes, scales   the bytes of `numerics.quantize`, exactly
     values          codes and scales at once, back in x's dtype: (code - zero_point) * scale
     codes as bf16   (code - zero_point) in a float that a tensor core multiplies, the token's scale apart
+    interleaved     codes, column 8 h + i of each 16 at 2 i + h, as the float8 product of `cuda_/multiply8.cu` reads them
 
 A program holds a tile of whole blocks in registers: one token or several where the scale belongs to the row, many blocks of 16,
 32 or 128 columns otherwise. One scale for the tensor (int8/tensor, and the outer scale of NVFP4) needs the largest magnitude of
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from ...numerics import ELEMENTS, Format, Parts
 from ...numerics.math import RULES, ZERO_POINT_DTYPES
-from ...ops.cast import codes_reference, fake_reference, reference
+from ...ops.cast import codes_reference, fake_reference, interleaved_reference, reference
 from ...ops.registry import Case, Kernel, device_capability
 from . import interpreted, why_not_portable
 from .launch import aligned, begin, define, launch, plain
@@ -51,7 +52,7 @@ _WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
 _PROGRAMS = 512  # at most, that look for the largest magnitude of a tensor
 
-CODES, VALUES, AS_FLOAT = 0, 1, 2
+CODES, VALUES, AS_FLOAT, INTERLEAVED = 0, 1, 2, 3
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -105,12 +106,15 @@ def _cast_kernel(
 ):  # fmt: skip
     """One tile. ACROSS: scales stand (K/G, rows). TENSOR: blocks only cut the work, one scale serves all.
 
-    MODE: 0 codes, 1 values, 2 codes as floats. FILL: so many numbers are set to zero. The rest is `_constants`."""
+    MODE: 0 codes, 1 values, 2 codes as floats, 3 interleaved. FILL: so many numbers are set to zero. The rest is `_constants`."""
     begin(EARLY)
     block = tl.program_id(0) * RB + tl.arange(0, RB)
     lane = tl.arange(0, GP)
     row, column = block // BPR, block % BPR
-    at = column[:, None] * G + lane[None, :]
+    from_lane = lane
+    if MODE == 3:
+        from_lane = lane // 16 * 16 + lane % 2 * 8 + lane % 16 // 2
+    at = column[:, None] * G + from_lane[None, :]
     mask = (block[:, None] < blocks) & (lane[None, :] < G)
     x = widen(tl.load(x_ptr + row[:, None].to(tl.int64) * x_stride + at, mask=mask, other=0.0))
     if PRE:
@@ -164,7 +168,7 @@ def _cast_kernel(
     code, number = encode(q, KIND, MBITS, LOWEST, TOP, BITS, NAN, QMIN, QMAX)
 
     to = block[:, None].to(tl.int64) * G + lane[None, :]
-    if MODE == 0:
+    if MODE == 0 or MODE == 3:
         tl.store(out_ptr + to, code, mask=mask)
     else:
         if ZERO:
@@ -342,7 +346,7 @@ def cast_tensors(
     """Start the kernels.
 
     Args:
-        x_MK: at least one row. plan: of its format and K. mode: CODES, VALUES or AS_FLOAT; out_dtype: of the last two.
+        x_MK: at least one row. plan: of its format and K. mode: CODES, INTERLEAVED, VALUES, AS_FLOAT; out_dtype: of the last two.
         rows: how many rows the codes and scales are made with, at least M; those beyond M are left as they are.
         across: scales of parts of a token stand (M, K/G) with strides (1, rows), as torch's blockwise product wants them.
         fill: int32, a power of two of numbers, set to zero on the way.
@@ -353,7 +357,8 @@ def cast_tensors(
         x_MK = x_MK.contiguous()
     pre_scale = None if pre_scale is None else pre_scale.contiguous()
     parts, count = _amax(x_MK, plan, pre_scale, mode) if plan.needs_amax and act_scale is None else (None, 0)
-    codes = torch.empty(rows, columns, dtype=plan.code_dtype if mode == CODES else out_dtype, device=device)
+    coded = mode in (CODES, INTERLEAVED)
+    codes = torch.empty(rows, columns, dtype=plan.code_dtype if coded else out_dtype, device=device)
     scale = zero = outer = None
     if mode != VALUES:
         scale = _empty_scale(plan, rows, across, device)
@@ -376,7 +381,7 @@ def cast_tensors(
         )  # fmt: skip
 
     launch(_cast_kernel, key, (-(-blocks // plan.blocks), 1, 1), args, constants, device, plan.warps)
-    if mode == CODES and plan.code_view is not None:
+    if coded and plan.code_view is not None:
         codes = codes.view(plan.code_view)
     if scale is not None and plan.scale_view is not None:
         scale = scale.view(plan.scale_view)
@@ -498,6 +503,30 @@ def _run_codes(
     return codes, scale_M
 
 
+def _interleaved_run(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _interleaved(x, Format.parse(fmt), act_scale, pre_scale)
+
+
+def _interleaved_fake(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=Format.parse(fmt).element.dtype), x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
+def _interleaved(x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    if x.numel() == 0 or (act_scale is not None and act_scale.numel() != 1):
+        return interleaved_reference(x, fmt, act_scale, pre_scale)
+    made = cast_tensors(x, plan_of(fmt, x.shape[1], x.device), pre_scale, act_scale, mode=INTERLEAVED)
+    return made.codes, made.scale.view(-1)
+
+
+def _run_interleaved(
+    x_MK: Tensor, fmt: Format, act_scale: Tensor | None = None, pre_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if plain(x_MK):
+        return _interleaved(x_MK, fmt, act_scale, pre_scale)
+    codes, scale_M = torch.ops.lowp.cast_interleaved(x_MK, str(fmt), act_scale, pre_scale)
+    return codes, scale_M
+
+
 define("cast", "(Tensor x, str fmt, Tensor? act_scale, Tensor? pre_scale) -> Tensor[]", _cast_run, _cast_fake)
 define(
     "fake_cast",
@@ -511,6 +540,19 @@ define(
     _codes_run,
     _codes_fake,
 )
+define(
+    "cast_interleaved",
+    "(Tensor x, str fmt, Tensor? act_scale, Tensor? pre_scale) -> (Tensor, Tensor)",
+    _interleaved_run,
+    _interleaved_fake,
+)
+
+
+def _why_not_interleaved(case: Case) -> str:
+    fmt = case.weight
+    if fmt.element.bits != 8 or fmt.block != "row" or fmt.scale != "fp32" or fmt.zero_point:
+        return f"wants codes of 8 bits with an fp32 scale for each token, got {fmt}"
+    return _why_not(case)
 
 
 def _why_not(case: Case, by_token: bool = False) -> str:
@@ -553,5 +595,10 @@ KERNELS = (
     Kernel(
         op="cast_codes_as", name="cast_codes_as", rank=50, layout="", why_not=functools.partial(_why_not, by_token=True),
         run=_run_codes, how=_how, cases=_CASES[:6], about="codes in bf16 or fp16, the token's scale apart, in Triton",
+    ),
+    Kernel(
+        op="cast_interleaved", name="cast_interleaved", rank=50, layout="", why_not=_why_not_interleaved,
+        run=_run_interleaved, how=_how, cases=("e4m3/row", "e5m2/row", "int8/row"),
+        about="codes with the halves of each 16 columns interleaved, the token's scale apart, in Triton",
     ),
 )  # fmt: skip
