@@ -140,7 +140,7 @@ def test_interleaved_codes_are_the_codes_in_another_order(spelling, device, pois
     static = torch.full((), 0.013, device=device)
     for x in (numbers(torch.bfloat16, device), numbers(torch.float16, device)[:7:2]):
         for act_scale, pre_scale in ((None, None), (None, pre), (static, None)):
-            wanted = reference(x, fmt, act_scale, pre_scale)
+            wanted = reference(x.float(), fmt, act_scale, pre_scale)
             runs = [kernel.run for kernel in fast("cast_interleaved", fmt, x, act_scale, pre_scale)]
             assert runs
             for run in [*runs, cast_interleaved]:
@@ -149,6 +149,14 @@ def test_interleaved_codes_are_the_codes_in_another_order(spelling, device, pois
                 assert equal(scale_M, wanted.scale.expand(len(x), 1)[:, 0])
                 keep = scale_M.isfinite()  # a code beside a scale that is lost says nothing
                 assert torch.equal(codes.view(torch.uint8)[keep], wanted.qdata.view(torch.uint8)[:, order][keep])
+
+
+@pytest.mark.parametrize("spelling", ["int8/row+int8", "e4m3/row*bf16", "int4/row", "e4m3/tensor", "e4m3/1x32"])
+def test_interleaved_codes_of_other_formats_are_refused(spelling, device):
+    with pytest.raises(KernelError, match="wants codes of 8 bits with an fp32 scale for each token"):
+        cast_interleaved(torch.randn(2, 64, device=device), Format.parse(spelling))
+    with pytest.raises(KernelError, match="wants K in multiples of 16, got 40"):
+        cast_interleaved(torch.randn(2, 40, device=device), Format.parse("e4m3/row"))
 
 
 @pytest.mark.parametrize("scheme", ["int8/row@int8/row+int8", "e4m3/row@e4m3/row", "e4m3/row@e2m1/1x16*e4m3/tensor"])

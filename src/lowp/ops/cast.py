@@ -3,7 +3,8 @@
     cast            x_MK -> Parts                          codes and scales, as `quantize` answers them
     fake_cast       x_MK -> values in x's dtype            quantized and dequantized: what a float product wants to see
     cast_codes_as   x_MK -> codes in bf16 or fp16, scale_M    for a float product that multiplies by the token's scale after
-    cast_interleaved    x_MK -> codes of 8 bits, scale_M      for a product that wants the halves of each 16 columns interleaved
+    cast_interleaved    x_MK -> codes of 8 bits, scale_M      for a product that wants the halves of each 16 columns interleaved;
+                                                              math in float32, as fake_cast
 
 All four first multiply by `pre_scale` (AWQ, SmoothQuant) where there is one, and take the scale from the token itself
 (dynamic) or from `act_scale` (static). The references below are `numerics`; a kernel answers the same bytes and scales, in one
@@ -78,7 +79,11 @@ def cast_interleaved(
         x_MK: (M, K), K a multiple of 16. fmt: codes of 8 bits without a zero point, a float32 scale for each row.
 
     Returns:
-        (M, K) codes in that order, in the element's dtype; (M,) scales, float32, contiguous.
+        (M, K) codes in that order, in the element's dtype; (M,) scales, float32, contiguous. The codes are those of x in float32
+        times pre_scale, like the values of `fake_cast`.
+
+    Raises:
+        KernelError: another format or shape.
     """
     kernel = _kernel("cast_interleaved", x_MK, fmt, act_scale, pre_scale)
     answer: tuple[Tensor, Tensor] = kernel.run(x_MK, fmt, act_scale, pre_scale)
@@ -144,11 +149,19 @@ def codes_reference(
     return codes.to(dtype), parts.scale.to(torch.float32).reshape(-1).expand(x_MK.shape[0]).contiguous()
 
 
+def why_not_interleaved(case: Case) -> str:
+    """ "" or why `cast_interleaved` has no answer for a case."""
+    fmt = case.weight
+    if fmt.element.bits != 8 or fmt.block != "row" or fmt.scale != "fp32" or fmt.zero_point:
+        return f"wants codes of 8 bits with an fp32 scale for each token, got {fmt}"
+    return "" if case.shape[-1] % 16 == 0 else f"wants K in multiples of 16, got {case.shape[-1]}"
+
+
 def interleaved_reference(
     x_MK: Tensor, fmt: Format, act_scale: Tensor | None = None, pre_scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The meaning of cast_interleaved."""
-    parts = reference(x_MK, fmt, act_scale, pre_scale)
+    parts = reference(x_MK.to(torch.float32), fmt, act_scale, pre_scale)
     assert parts.scale is not None
     codes = parts.qdata.view(torch.uint8).unflatten(-1, (-1, 2, 8)).mT.flatten(-3).contiguous()
     return codes.view(parts.qdata.dtype), parts.scale.reshape(-1).expand(x_MK.shape[0]).contiguous()

@@ -34,7 +34,7 @@ struct Params {
   const float* scale_scale;   // SCALE 4: one or null; SCALE 5: one for each NEST scales in the order of (N, K/GROUP)
   const float* scale_zero;    // SCALE 5
   const u16* bias;            // [N] in the type of y, or null
-  const u16* table;           // KIND 2: 16 values in the type of x
+  const u16* table;           // KIND 2: 16 values in the type of y
   const float* x_scale;       // X_BITS 8: [M]
   u16* y;                     // [M, N]
   float4* partial;            // STREAM: sums that a block leaves to another, [block * WGS + warpgroup][MT * BM / 8][128 lanes]
@@ -50,9 +50,9 @@ constexpr int SCALE_BYTES = SCALE == 2 ? 4 : SCALE < 2 ? 2 : 1;
 constexpr int ZERO_BYTES = ZERO == 0 ? 0 : ZERO == 5 ? 4 : ZERO > 2 ? 2 : 1;
 constexpr int COLUMNS = GROUP == 0 ? 64 : GROUP;  // that share a scale
 constexpr int GROUPS = GROUP == 0 ? 0 : GROUP >= 64 * KC ? 1 : 64 * KC / GROUP;  // scale groups a stage
-constexpr int X_CHUNK = BM * 128;                                                 // bytes of a tile of x
+constexpr int X_CHUNK = BM * 128;                                                 // bytes of a chunk of x
 constexpr int TABLE_BYTES = KIND == 2 ? 32768 : 0;
-constexpr int OUT_TOKENS = BM < 64 ? BM : BM % 64 == 0 ? 64 : 32;  // that a warpgroup writes at a time
+constexpr int OUT_TOKENS = BM < 64 ? BM : 64;  // that a warpgroup writes at a time
 constexpr int OUT_PITCH = 64 + 8;              // 16-bit words between them in shared memory: no bank conflict
 constexpr int OUT_BYTES = OUT_TOKENS * OUT_PITCH * 2;
 
@@ -190,7 +190,7 @@ constexpr int MANTISSA = F16 ? 10 : 7, BIAS = F16 ? 15 : 127, TYPE_EBITS = F16 ?
 constexpr u32 MAGIC = F16 ? 0x6400 : 0x4300;  // 1024 or 128: the code is the low bits of the mantissa
 DEVICE constexpr u32 twice_of(u32 h) { return h | h << 16; }
 constexpr int HALF_RANGE = SIGNED ? 1 << (BITS - 1) : 0;
-// 2^n in the type of x, as bits
+// 2^n in the type of y, as bits
 DEVICE constexpr u32 power(int n) { return (u32)(n + BIAS) << MANTISSA; }
 // a whole number below 2048 (fp16) or 256 (bf16), as bits
 DEVICE constexpr u32 whole(int n) {

@@ -303,7 +303,10 @@ def _tiling(weight: _Weight, tokens: int) -> Tiling | None:
     measured = tuned.choice("mixed", tuned.key_of(weight.scheme, weight.dtype, weight.shape, tokens))
     if measured == _DECODE:
         return None
-    return tuned.record_of(Tiling, measured) or choose(tokens, *weight.shape, weight.numbers, weight.processors)
+    tiling = tuned.record_of(Tiling, measured)
+    if tiling in candidates(tokens, weight.shape[1], weight.numbers):  # another version may have had others
+        return tiling
+    return choose(tokens, *weight.shape, weight.numbers, weight.processors)
 
 
 _DECODE = {"how": "decode"}
@@ -319,8 +322,8 @@ def _in_float8(scheme: str, shape: tuple[int, ...]) -> bool:
     """Whether float8 tensor cores multiply: elements that e4m3 holds, scales that are floats, of rows or of whole k32 columns."""
     parsed = Scheme.parse(scheme)
     weight, act = parsed.weight, parsed.act
-    if str(act) != "e4m3/row" or weight.nested or weight.zero_point or shape[-1] % 128:
-        return False
+    if str(act) != "e4m3/row" or weight.nested or weight.zero_point or shape[-1] % 128 or shape[-1] < 512:
+        return False  # with fewer columns no tiling has two turns
     element = weight.element
     exact = max(abs(element.min), abs(element.max)) <= 16 if element.kind == "int" else element.name in _WITHIN_E4M3
     columns = weight.block_dims(shape)[1] if by_group(weight) else 128

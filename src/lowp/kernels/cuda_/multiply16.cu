@@ -1,15 +1,15 @@
-// sum[64 MT rows][BM tokens] += W x^T over some stages, x in bf16 or fp16: m64 by n = BM by k16.
+// sum[64 MT rows][BM tokens] = W x^T over some stages, x in bf16 or fp16: m64 by n = BM by k16.
 //
 // A warpgroup decodes the next unit while the tensor cores work on the last: two sets of registers take turns. Scales of groups are
 // multiplied into the decoded weight, those of rows into the sum, on the way out.
 
 constexpr int TURNS = MT == 2 || KC % 2 == 0 ? 1 : 2;  // stages until the two sets of A registers are where they were
 
-// first, end: stages. unit: the first of this warpgroup in a stage; n64: the same in the weight; token: the first.
-DEVICE void multiply(float (&sum)[MT][BM / 2], Pipe& pipe, const Params& p, int first, int end, int unit, int n64, int token,
-                     u32 start) {
+// first, end: stages.
+DEVICE void multiply(float (&sum)[MT][BM / 2], Pipe& pipe, const Params& p, int first, int end, Place place) {
   const int lane128 = threadIdx.x % 128, lane = lane128 % 32, row = 16 * (lane128 / 32) + lane / 4;  // and row + 8
-  const int groups = GROUP == 0 ? 0 : p.K / COLUMNS;
+  const int groups = GROUP == 0 ? 0 : p.K / COLUMNS, unit = place.unit;
+  const u32 start = decode_start(pipe.table + 4 * lane, p);
   u32 a[2][4][4];
   int last = -1;  // stage to give back
   if (first == end) {
@@ -36,7 +36,7 @@ DEVICE void multiply(float (&sum)[MT][BM / 2], Pipe& pipe, const Params& p, int 
               const int column = 64 * c + 16 * step;
               if (column % COLUMNS == 0) {
                 const int g = GROUP >= 64 * KC ? 0 : column / COLUMNS;
-                const int index = SCALE == 5 ? ((n64 + m) * 64 + row) * groups + (k * KC * 64 + column) / COLUMNS : 0;
+                const int index = SCALE == 5 ? ((place.n64 + m) * 64 + row) * groups + (k * KC * 64 + column) / COLUMNS : 0;
                 rows[m] = load_rows(at + SCALES_AT + ((unit + m) * GROUPS + g) * 64 * SCALE_BYTES,
                                     at + ZEROS_AT + ((unit + m) * GROUPS + g) * 64 * ZERO_BYTES, row, p, index, groups);
               }

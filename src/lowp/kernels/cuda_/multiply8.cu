@@ -1,4 +1,4 @@
-// sum[64 MT rows][BM tokens] += W x^T over some stages, x in e4m3: m64 by n = BM by k32, twice the rate of bf16.
+// sum[64 MT rows][BM tokens] = W x^T over some stages, x in e4m3: m64 by n = BM by k32, twice the rate of bf16.
 //
 //     y = x_scale * sum over groups of ( w_scale * (codes of W times codes of x, on the tensor cores) )
 //
@@ -8,12 +8,13 @@
 //
 // Sums, of spans of columns: a group or 128.
 //
-//     exact      they leave the tensor cores, which hold 14 bits of a sum of float8 products, are multiplied by the scale of the row
+//     by span    they leave the tensor cores, which hold 14 bits of a sum of float8 products, are multiplied by the scale of the row
 //                and added in float32 (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)
 //     RUNNING    they stay, in units of the scale of the span: before the next one they are multiplied by scale / next scale. Half the
-//                registers, so a tile has twice the tokens; the bits lost are those of torch's `use_fast_accum`: for bf16 alone
+//                registers, so a tile has twice the tokens; the bits lost are those of torch's `use_fast_accum`, more of them with
+//                more columns: for results in bf16 and a K that is not large alone, see `candidates` in tiling.py
 //
-// Meanwhile the other warpgroup multiplies. The registers of an instruction may be filled anew when the last but three is done.
+// Meanwhile the other warpgroup multiplies.
 //
 // A lane holds columns 2t, 2t + 1, 2t + 8 and 2t + 9 of each 16 of a row (layout `fragments`), where k32 wants four neighbours: the
 // order of columns within 16 is free, so x comes with the halves of each 16 columns interleaved, column c at 2 (c % 8) + c / 8.
@@ -22,6 +23,8 @@ constexpr int SPAN = GROUP == 0 || GROUP > 128 ? 128 : GROUP;  // columns that t
 constexpr int STEPS = SPAN / 32, SPANS = KC * 64 / SPAN;       // instructions of a span, spans of a stage
 constexpr bool RUNNING = BM == 256;
 constexpr int TURNS = 1;
+static_assert(KC % 2 == 0, "a chunk of x is 128 columns");
+static_assert(!(RUNNING && F16), "RUNNING sums are too coarse for fp16");
 constexpr int MBITS = BITS - 1 - EBITS;
 constexpr float FACTOR = KIND == 0 ? 512.0f : (float)(1 << (7 - EBIAS));  // 2^9, or the distance of the biases
 
@@ -70,26 +73,31 @@ DEVICE void scale_tokens(float (&sum)[MT][BM / 2], const Params& p, int token) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int at = token + 8 * i + 2 * (threadIdx.x % 4) + e;
-      const float by = FACTOR * __ldcg(p.x_scale + min(at, p.M - 1));
+      const float by = __ldcg(p.x_scale + min(at, p.M - 1));
 #pragma unroll
-      for (int m = 0; m < MT; m++) { sum[m][4 * i + e] *= by; sum[m][4 * i + 2 + e] *= by; }
+      for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          float& s = sum[m][4 * i + 2 * r + e];
+          s = s * by * FACTOR;  // in this order: a large scale of a token times FACTOR may be infinite
+        }
     }
 }
 
-// The scale of a span for the rows g and g + 8, in RUNNING sums: one that is 2^64 times smaller than the largest before would let
-// them overflow; what it multiplies is nothing beside what it would be added to.
+// The scale of a span in RUNNING sums. One that is more than 2^64 times smaller than the largest before would let the sums overflow:
+// it counts as that, and what it multiplies is off by 2^-64 of the largest scale.
 DEVICE float at_least(float scale, float& largest) {
   const float least = fmaxf(largest * 0x1p-64f, 0x1p-126f);
   largest = fmaxf(largest, fabsf(scale));
-  return fabsf(scale) < least ? least : scale;
+  return fabsf(scale) < least ? copysignf(least, scale) : scale;
 }
 
-// first, end: stages. unit: the first of this warpgroup in a stage; n64: the same in the weight; token: the first.
-DEVICE void multiply(float (&sum)[MT][BM / 2], Pipe& pipe, const Params& p, int first, int end, int unit, int n64, int token,
-                     u32 start) {
+// first, end: stages.
+DEVICE void multiply(float (&sum)[MT][BM / 2], Pipe& pipe, const Params& p, int first, int end, Place place) {
   const int lane128 = threadIdx.x % 128, lane = lane128 % 32, row = 16 * (lane128 / 32) + lane / 4;  // and row + 8
   float part[BM / 2], by[MT][2], largest[MT][2];
   u32 a[STEPS][4];
+  const int unit = place.unit;
   int last = -1;  // stage to give back
 #pragma unroll
   for (int i = 0; i < BM / 2; i++) {
@@ -105,10 +113,11 @@ DEVICE void multiply(float (&sum)[MT][BM / 2], Pipe& pipe, const Params& p, int 
     wgmma_wait<0>();
     hold(RUNNING ? sum[m] : part);
     if (gives_back && last >= 0 && lane == 0) barrier_arrive(pipe.empty + 8 * last);
-    if constexpr (RUNNING) return;
+    if constexpr (!RUNNING) {
 #pragma unroll
-    for (int i = 0; i < BM / 2; i++) sum[m][i] = GROUP == 0 ? sum[m][i] + part[i] : fmaf(part[i], by[m][i / 2 & 1], sum[m][i]);
-    hold(sum[m]);
+      for (int i = 0; i < BM / 2; i++) sum[m][i] = GROUP == 0 ? sum[m][i] + part[i] : fmaf(part[i], by[m][i / 2 & 1], sum[m][i]);
+      hold(sum[m]);
+    }
   };
   for (int k = first; k < end; k++) {
     barrier_wait(pipe.full + 8 * pipe.s, pipe.phase);
@@ -168,5 +177,5 @@ DEVICE void multiply(float (&sum)[MT][BM / 2], Pipe& pipe, const Params& p, int 
     for (int m = 0; m < MT; m++)
 #pragma unroll
       for (int i = 0; i < BM / 2; i++) sum[m][i] *= by[m][i / 2 & 1];
-  scale_tokens(sum, p, token);
+  scale_tokens(sum, p, place.token);
 }

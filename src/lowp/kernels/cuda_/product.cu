@@ -1,6 +1,6 @@
 // y[M, N] = x[M, K] @ W[N, K].T with W in 1 to 8 bits: W from registers. For decoding and the way out see fragments.cu.
 //
-// What. y^T = W x^T: W is the left operand of wgmma, m64 rows by n = BM tokens by k16, so that a batch of 8 tokens fills the
+// What. y^T = W x^T: W is the left operand of wgmma, m64 rows by n = BM tokens, so that a batch of 8 tokens fills the
 // instruction. Its registers are where the codes are decoded: no decoded weight ever touches memory.
 //
 // How. One producer warp streams codes, scales and the tile of x into shared memory by bulk copies, STAGES deep. Warpgroups decode
@@ -20,8 +20,11 @@ constexpr int CONSUMERS = 128 * WGS;
 constexpr bool TRADE = WGS == 2 && MT * BM >= 128;
 constexpr int THREADS = CONSUMERS + (TRADE ? 128 : 32);
 
-// The stages in shared memory, and which one comes next.
-struct Pipe { u32 stages, full, empty; int s; u32 phase; };
+// The stages in shared memory, and which one comes next; the table of a codebook beside them.
+struct Pipe { u32 stages, full, empty, table; int s; u32 phase; };
+
+// What a warpgroup multiplies: `unit`, its first in a stage, is `n64` in the weight; `token`, the first of the tile.
+struct Place { int unit, n64, token; };
 
 //@MULTIPLY@
 
@@ -64,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 __cluster_dims__(SPLIT, 1, 1)
 #endif
 product(const __grid_constant__ Params p) {
-  extern __shared__ __align__(1024) u8 memory[];
+  extern __shared__ __align__(16) u8 memory[];  // what swizzled copies want, 1024, is seen to in the next line
   const u32 stages = (shared_address(memory) + 1023) & ~1023u;
   const u32 table_at = stages + STAGES * STAGE_BYTES;
   const u32 out_at = table_at + TABLE_BYTES;
@@ -141,15 +144,14 @@ product(const __grid_constant__ Params p) {
   // a consumer warpgroup: MT * 64 rows
   if constexpr (TRADE) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(X_BITS == 8 ? 232 : 224));
   const int group_of_warps = warp / 4, row = 16 * (warp % 4) + lane / 4;  // and row + 8
-  const u32 start = decode_start(table_at + 4 * lane, p);
   float sum[MT][BM / 2];
-  Pipe pipe = {stages, full, empty, 0, 0};
+  Pipe pipe = {stages, full, empty, table_at, 0, 0};
 
   Walk walk(tiles, turns, rank);
   for (Segment segment; walk.next(segment);) {
     const Tile tile = tile_at(segment.tile, row_tiles, token_tiles);
     const int n64 = tile.row * MT * WGS + group_of_warps * MT;
-    multiply(sum, pipe, p, TURNS * segment.first, TURNS * segment.last, group_of_warps * MT, n64, tile.token * BM, start);
+    multiply(sum, pipe, p, TURNS * segment.first, TURNS * segment.last, Place{group_of_warps * MT, n64, tile.token * BM});
 
     if constexpr (STREAM) {
       if (segment.first > 0) {  // the rest of a tile that another block began

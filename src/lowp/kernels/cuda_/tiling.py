@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from ...layouts.fragments import UNIT
 
-_SHARED = 226 * 1024  # of one block on sm90, less what a kernel has of its own: its barriers
+_SHARED = 226 * 1024  # of one block on sm90, less what a kernel has of its own: its barriers, at most 256 bytes
 _SHARED_OF_PROCESSOR = 228 * 1024
+_OWN = 1024 + 256  # of each block: what the driver takes, and the barriers
 _OUT_PITCH = 72 * 2  # bytes between tokens, as OUT_PITCH in fragments.cu
 
 
@@ -49,7 +50,7 @@ class Tiling:
         return 128 * self.wgs + (128 if self.wgs == 2 and self.mt * self.bm >= 128 else 32)
 
     def grid(self, tokens: int, rows: int, columns: int, processors: int) -> int:
-        """Number of blocks; where they stream each gets at least four turns of two chunks."""
+        """Number of blocks; where they stream each gets 512 columns of a tile at least."""
         tiles = -(-rows // self.rows) * -(-tokens // self.bm)
         if self.stream:
             return max(1, min(processors, tiles * columns // 512))
@@ -62,8 +63,7 @@ def _bytes(tiling: Tiling, numbers: dict[str, int]) -> tuple[int, int]:
     scale = (2, 2, 4, 1, 1, 1)[numbers["SCALE"]] + (0, 1, 1, 2, 2, 4)[numbers["ZERO"]]
     groups = 0 if not group else max(1, 64 * tiling.kc // group)
     codes = tiling.mt * tiling.wgs * (tiling.kc * 512 * bits + groups * 64 * scale)
-    tokens = tiling.bm if tiling.bm < 64 else 64 if tiling.bm % 64 == 0 else 32  # OUT_TOKENS
-    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * tokens * _OUT_PITCH
+    table, out = 32768 if numbers["KIND"] == 2 else 0, tiling.wgs * min(tiling.bm, 64) * _OUT_PITCH
     x = tiling.kc * tiling.bm * 8 * numbers["X_BITS"]
     return -(-(x + codes) // 1024) * 1024, 1024 + table + (out if tiling.split == 1 else 0)
 
@@ -83,10 +83,11 @@ _SHAPES = (  # mt, wgs, kc, most stages, blocks on a processor: for up to so man
 )
 _SHAPES_FLOAT8 = (  # the same where x is e4m3: a chunk of x is 128 columns
     (16, ((1, 1, 4, 4, 4), (1, 2, 4, 4, 2), (2, 1, 4, 4, 3))),
-    (64, ((1, 1, 4, 4, 3), (1, 2, 4, 4, 2))),
+    (64, ((1, 1, 4, 4, 3),)),
     (128, ((1, 2, 4, 4, 1),)),
     (256, ((1, 2, 2, 6, 1),)),
 )
+_MOST_RUNNING = 8192  # columns of RUNNING sums (multiply8.cu): their error, 2e-3 at 4096, grows with K: 7e-3 at 28672
 
 
 def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tiling]:
@@ -97,14 +98,14 @@ def candidates(tokens: int, columns: int, numbers: dict[str, int]) -> list[Tilin
     """
     holds, float8 = min(256, max(8, 1 << (tokens - 1).bit_length())), numbers["X_BITS"] == 8
     found = []
-    # RUNNING sums of multiply8.cu are good enough for results in bf16, not for those in fp16.
-    many = (128, 64) if float8 and numbers["F16"] else (256, 128, 64)
+    coarse = float8 and (numbers["F16"] or columns > _MOST_RUNNING)  # RUNNING sums would be
+    many = (128, 64) if coarse else (256, 128, 64)
     for bm in (holds,) if holds <= 32 else (holds, holds // 2) if holds <= 128 else many:
         for mt, wgs, kc, most, blocks in next(
             shapes for limit, shapes in (_SHAPES_FLOAT8 if float8 else _SHAPES) if bm <= limit
         ):
             base = Tiling(mt=mt, wgs=wgs, bm=bm, kc=kc, stages=2, blocks=blocks, band=4 if bm == 256 else 16)
-            shared = [dataclasses.replace(base, split=split) for split in ((1,) if bm > 128 else (1, 2, 4, 8))]
+            shared = [dataclasses.replace(base, split=split) for split in ((1,) if bm == 256 else (1, 2, 4, 8))]
             streamed = [dataclasses.replace(base, stream=1)] if bm >= 128 else []
             found += [one for one in (_fitted(each, most, columns, numbers) for each in (*shared, *streamed)) if one]
     return found
@@ -124,7 +125,7 @@ def _fitted(tiling: Tiling, most: int, columns: int, numbers: dict[str, int]) ->
         return None
     stage, rest = _bytes(tiling, numbers)
     for blocks in range(tiling.blocks, 0, -1):
-        room = _SHARED if blocks == 1 else _SHARED_OF_PROCESSOR // blocks - 1024
+        room = _SHARED if blocks == 1 else _SHARED_OF_PROCESSOR // blocks - _OWN
         fitted = dataclasses.replace(tiling, stages=min(most, (room - rest) // stage), blocks=blocks)
         if fitted.stages >= min(3, most) and shared_bytes(fitted, numbers) <= _SHARED:
             return fitted
@@ -151,19 +152,20 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     least, enough = 16, 2.4 if bm <= 16 else 1.45  # chunks of a block; blocks of 64 rows for each multiprocessor
     if bm == 64 and 8 * units < 1.45 * processors:  # so few rows that the tokens are shared out too
         bm, least = 32, 8
-    many = bm != 16 and units >= 1.6 * processors
+    few = bm <= (8 if not float8 else 16)
+    many = bm != 16 and units >= 1.6 * processors and (few or not float8)
     mt, wgs = 1, 1
     if numbers["KIND"] == 2:  # a codebook's table is filled once a block
         wgs = 2
     elif many:
         mt, wgs = (2, 2) if bm == 64 and units >= 3.3 * processors else (1, 2)
-    elif bm <= (16 if float8 else 8) and bits <= 4:  # a block of 128 rows reads x half as often
+    elif few and bits <= 4:  # a block of 128 rows reads x half as often
         most_units = 1.1 if float8 and chunks >= 128 else 0.62
         mt = 2 if 0.3 * processors <= units <= most_units * processors else 1
     suited = [one for one in found if (one.bm, one.mt, one.wgs) == (bm, mt, wgs)] or found
     resident = processors * wgs * max(one.blocks for one in suited)  # in blocks of 64 rows
     most = min(8, resident // units)
-    if float8 and bm >= 32:  # a product that is done sooner waits for the sums of others longer
+    if float8 and not few:  # a product that is done sooner waits for the sums of others longer
         most = min(most, max(128 // bm, int(0.6 * processors) // units))
     split = 1
     while 2 * split <= most and units * split < enough * processors and chunks // (2 * split) >= least:

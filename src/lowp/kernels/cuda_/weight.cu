@@ -1,4 +1,4 @@
-// A whole weight, decoded once: [N][K] in the type of x, for cuBLAS.
+// A whole weight, decoded once: [N][K] in the type of y, for cuBLAS.
 //
 // A block decodes units of 64 rows, one after another along K, through shared memory, so that rows are written 128 bytes at a time.
 

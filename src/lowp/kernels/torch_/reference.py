@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
-from ...ops.cast import codes_reference, fake_cast, fake_reference, interleaved_reference
+from ...ops.cast import codes_reference, fake_cast, fake_reference, interleaved_reference, why_not_interleaved
 from ...ops.cast import reference as cast_reference
 from ...ops.embedding import reference as embedding_reference
 from ...ops.grouped import reference as grouped_reference
@@ -118,7 +118,9 @@ KERNELS = (
     _last("cast", "reference", cast_reference, _IN_TORCH, _cast_in_torch),
     _last("fake_cast", "reference", fake_reference, _IN_TORCH, _cast_in_torch),
     _last("cast_codes_as", "reference", codes_reference, _IN_TORCH, _cast_in_torch),
-    _last("cast_interleaved", "reference", interleaved_reference, _IN_TORCH, _cast_in_torch),
+    _last(
+        "cast_interleaved", "reference", interleaved_reference, _IN_TORCH, _cast_in_torch, why_not_interleaved
+    ),
     _last(
         "embedding", "reference", embedding_reference, "decode the whole table, then look up",
         lambda case: f"{decoded(case)}, the whole table, then looked up",

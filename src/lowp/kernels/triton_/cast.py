@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ...numerics import ELEMENTS, Format, Parts
 from ...numerics.math import RULES, ZERO_POINT_DTYPES
-from ...ops.cast import codes_reference, fake_reference, interleaved_reference, reference
+from ...ops.cast import codes_reference, fake_reference, interleaved_reference, reference, why_not_interleaved
 from ...ops.registry import Case, Kernel, device_capability
 from . import interpreted, why_not_portable
 from .launch import aligned, begin, define, launch, plain
@@ -376,7 +376,7 @@ def cast_tensors(
     def constants() -> tuple[Any, ...]:
         return (
             plan.group, plan.padded, plan.blocks, plan.per_row, mode, pre_scale is not None,
-            0 if mode == VALUES else _XROUND.get(x_MK.dtype, 0), act_scale is not None, plan.tensor, across,
+            0 if mode in (VALUES, INTERLEAVED) else _XROUND.get(x_MK.dtype, 0), act_scale is not None, plan.tensor, across,
             1 << count.bit_length() if count else 0, 0 if fill is None else fill.numel(), *plan.constants,
         )  # fmt: skip
 
@@ -410,7 +410,7 @@ def _amax(x_MK: Tensor, plan: Plan, pre_scale: Tensor | None, mode: int) -> tupl
     return parts, count
 
 
-# -- the op's three forms ---------------------------------------------------------------------------------------------
+# -- the op's four forms ----------------------------------------------------------------------------------------------
 
 
 def _cast_run(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor | None) -> list[Tensor]:
@@ -548,13 +548,6 @@ define(
 )
 
 
-def _why_not_interleaved(case: Case) -> str:
-    fmt = case.weight
-    if fmt.element.bits != 8 or fmt.block != "row" or fmt.scale != "fp32" or fmt.zero_point:
-        return f"wants codes of 8 bits with an fp32 scale for each token, got {fmt}"
-    return _why_not(case)
-
-
 def _why_not(case: Case, by_token: bool = False) -> str:
     if refused := why_not_portable(case):
         return refused
@@ -597,8 +590,9 @@ KERNELS = (
         run=_run_codes, how=_how, cases=_CASES[:6], about="codes in bf16 or fp16, the token's scale apart, in Triton",
     ),
     Kernel(
-        op="cast_interleaved", name="cast_interleaved", rank=50, layout="", why_not=_why_not_interleaved,
-        run=_run_interleaved, how=_how, cases=("e4m3/row", "e5m2/row", "int8/row"),
+        op="cast_interleaved", name="cast_interleaved", rank=50, layout="",
+        why_not=lambda case: why_not_interleaved(case) or _why_not(case),
+        run=_run_interleaved, how=_how, cases=("e4m3/row",),
         about="codes with the halves of each 16 columns interleaved, the token's scale apart, in Triton",
     ),
 )  # fmt: skip

@@ -64,7 +64,7 @@ KNOWN = (
     ),
     Known(
         spelling="int4/1x128*bf16@e4m3/row",
-        about="4-bit weights, float8 activations: many tokens on float8 tensor cores",
+        about="4-bit weights, float8 activations: on float8 tensor cores",
         source="QServe, arXiv 2405.04532 (as W4A8)",
     ),
     Known(spelling="int4/1x128*bf16@int8/row", about="4-bit weights, 8-bit activations"),
