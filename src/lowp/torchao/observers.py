@@ -1,0 +1,97 @@
+"""Observers: modules that watch the range of what passes through them, and answer a scale.
+
+Their ranges are buffers, so they travel with state_dict and `.to(...)`; torchao's are lost on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MisfitError
+from . import affine
+from .groupwise import get_block_size
+from .words import Granularity, MappingType, ZeroPointDomain
+
+
+class AffineQuantizedObserverBase(nn.Module):
+    """What an observer knows: how to map, how large a block is, which codes.
+
+    Args:
+        mapping_type, target_dtype, granularity, quant_min, quant_max, eps, scale_dtype, zero_point_dtype: of `affine.py`.
+    """
+
+    def __init__(
+        self,
+        mapping_type: MappingType,
+        target_dtype: torch.dtype,
+        granularity: Granularity,
+        quant_min: int | None = None,
+        quant_max: int | None = None,
+        eps: float | None = None,
+        scale_dtype: torch.dtype | None = None,
+        zero_point_dtype: torch.dtype | None = None,
+        preserve_zero: bool = True,
+        zero_point_domain: ZeroPointDomain = ZeroPointDomain.INT,
+        keepdim: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if granularity is None:
+            raise MisfitError("an observer wants a granularity such as PerTensor(), got none.")
+        self.mapping_type, self.target_dtype, self.granularity = mapping_type, target_dtype, granularity
+        self.quant_min, self.quant_max, self.eps = quant_min, quant_max, eps
+        self.scale_dtype, self.zero_point_dtype = scale_dtype, zero_point_dtype
+        self.preserve_zero, self.zero_point_domain, self.keepdim = preserve_zero, zero_point_domain, keepdim
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point for what has passed."""
+        raise NotImplementedError(f"{type(self).__name__} gives no scale: write its calculate_qparams.")
+
+
+class AffineQuantizedMinMaxObserver(AffineQuantizedObserverBase):
+    """The smallest and largest value of each block that has passed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("min_val", None)
+        self.register_buffer("max_val", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() == 0:
+            return input
+        block = get_block_size(tuple(input.shape), self.granularity)
+        shape, axes = affine.reduction(block, tuple(input.shape))
+        blocks = input.detach().reshape(shape)
+        low = blocks.amin(dim=axes, keepdim=self.keepdim)
+        high = blocks.amax(dim=axes, keepdim=self.keepdim)
+        if self.min_val is None:
+            self.min_val, self.max_val = low, high
+            return input
+        if low.shape != self.min_val.shape:
+            raise MisfitError(
+                f"an observer wants one number of blocks, got {tuple(low.shape)} after {tuple(self.min_val.shape)}."
+            )
+        self.min_val, self.max_val = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
+        return input
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point for the range that has passed."""
+        if self.min_val is None:
+            raise MisfitError("an observer wants to see data before it answers a scale: run the model on some first.")
+        return affine.choose_qparams_affine_with_min_max(
+            self.min_val,
+            self.max_val,
+            self.mapping_type,
+            [],  # the blocks are reduced already
+            self.target_dtype,
+            self.quant_min,
+            self.quant_max,
+            self.eps,
+            self.scale_dtype,
+            self.zero_point_dtype,
+            self.preserve_zero,
+            self.zero_point_domain,
+        )

@@ -1,0 +1,201 @@
+"""View: a QTensor that shows itself under torchao's names.
+
+What is stored is ours: a scheme, a layout, packed tensors. What is shown is computed when it is asked for, from those alone:
+
+    w.qdata, w.scale, w.zero_point ...     the tensors that torchao's class of that name holds, same shapes, dtypes and bytes
+    w.block_size, w.act_quant_kwargs ...   what follows from the scheme
+
+Setting one of the tensors (`w.qdata = ...`, as offloading does) reads all of them, exchanges one and stores the result in
+the layout "plain". A class of torchao is one subclass with `_shown`, `_stored` and the attributes that follow from the scheme.
+
+An operation that has to cut a tensor in a layout made for one kernel turns that tensor into the plain layout first, in place, so
+that writing to a slice still writes to its parent; that costs the fast kernel, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..errors import MisfitError
+from ..layouts import Spec, layout_of
+from ..numerics import ELEMENTS, Format, Parts, Scheme
+from ..numerics.bits import pack_bits, unpack_bits
+from ..tensor import QTensor
+from . import numbers
+from .base import TorchAOBaseTensor
+from .spelling import block_size_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+aten = torch.ops.aten
+_CUTTING = {
+    aten.slice.Tensor, aten.narrow.default, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default,
+    aten.cat.default,
+    aten.stack.default, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
+}  # fmt: skip
+
+
+class Shown:
+    """A descriptor: one of torchao's tensors, or None where this weight does not have it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, view: Any, owner: Any = None) -> Any:
+        return self if view is None else view._shown().get(self.name)
+
+    def __set__(self, view: Any, tensor: Tensor | None) -> None:
+        view._exchange(self.name, tensor)
+
+
+class View(QTensor, TorchAOBaseTensor):
+    """The base of torchao's tensor classes.
+
+    A subclass gives `_arguments` (names of its constructor's arguments), `_shown` and `_stored`.
+    """
+
+    _prefix = "_kept_"
+    _arguments: ClassVar[tuple[str, ...]]
+    tensor_data_names: ClassVar[list[str]]
+    tensor_attribute_names: ClassVar[list[str]] = []
+    optional_tensor_data_names: ClassVar[list[str]] = []
+    optional_tensor_attribute_names: ClassVar[list[str]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in (*cls.__dict__.get("tensor_data_names", ()), *cls.__dict__.get("optional_tensor_data_names", ())):
+            setattr(cls, name, Shown(name))
+        torch.serialization.add_safe_globals([cls])
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None) for name in cls._arguments]
+        )
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        return cls._from_torchao(given.arguments)
+
+    # -- what a class gives -----------------------------------------------------------------------------------------------
+
+    def _shown(self) -> dict[str, Tensor]:
+        """torchao's tensors, by name."""
+        raise NotImplementedError
+
+    @classmethod
+    def _stored(cls, given: dict[str, Any]) -> tuple[Parts, str, torch.dtype]:
+        """Parts, scheme and float dtype from the constructor's arguments; None stands for what was not given."""
+        raise NotImplementedError
+
+    # -- what follows from it -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _from_torchao(cls, given: dict[str, Any]) -> Self:
+        parts, scheme, dtype = cls._stored(given)
+        return cls.from_parts(parts, scheme, dtype=dtype)
+
+    @classmethod
+    def of_qtensor(cls, q: QTensor) -> Self:
+        """A QTensor under this class: the same packed tensors."""
+        return cls.of(q.packed, q.spec, dtype=q.dtype, shape=tuple(q.shape), transposed=q.transposed)
+
+    def torchao_tensors(self) -> dict[str, Tensor]:
+        """torchao's tensors that this weight has, in the order of its class."""
+        shown = self._shown()
+        names = (*self.tensor_data_names, *self.optional_tensor_data_names)
+        return {name: shown[name] for name in names if shown.get(name) is not None}
+
+    def torchao_attributes(self) -> dict[str, Any]:
+        """torchao's attributes, as the class names them."""
+        names = (*self.tensor_attribute_names, *self.optional_tensor_attribute_names)
+        return {name: getattr(self, name) for name in names}
+
+    def _exchange(self, name: str, tensor: Tensor | None) -> None:
+        given = dict.fromkeys(self._arguments) | self.torchao_attributes() | self._shown() | {name: tensor}
+        parts, scheme, _ = self._stored({key: given[key] for key in self._arguments})
+        spec = Spec(scheme=scheme, layout="plain", shape=self.spec.shape)
+        self._restore(layout_of("plain").pack(parts, spec), spec)
+
+    def _restore(self, packed: dict[str, Tensor], spec: Spec) -> None:
+        self.spec, self._names = spec, tuple(packed)
+        for name, tensor in packed.items():
+            setattr(self, self._prefix + name, tensor)
+
+    @property
+    def block_size(self) -> Any:
+        """How many elements of each axis share a scale."""
+        return block_size_of(self.format, tuple(self.spec.shape))
+
+    @property
+    def act_format(self) -> Format | None:
+        """The activation's format, None for weight-only."""
+        return self.spec.act
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = cls._ATEN_OP_TABLE.get(cls, {}).get(func)
+        if own is not None:
+            return own(func, types, args, kwargs or {})
+        if func in _CUTTING:
+            for tensor in args[0] if isinstance(args[0], (list, tuple)) else [args[0]]:
+                if isinstance(tensor, View):
+                    tensor._make_plain()
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _make_plain(self) -> None:
+        layout = layout_of(self.spec.layout)
+        if layout.cut is not None:
+            return
+        warnings.warn(
+            f"{type(self).__name__} {tuple(self.shape)} was cut and lies in the layout plain now, not in {layout.name}: "
+            "quantize after cutting to keep its kernel.",
+            stacklevel=4,
+        )
+        plain = self.to_layout("plain")
+        self._restore(plain.packed, plain.spec)
+
+    @classmethod
+    def implements_torch_function(cls, torch_fns: Any) -> Any:
+        """As of TorchAOBaseTensor; a class without any stays out of the way of torch.compile."""
+        cls.__torch_function__ = classmethod(TorchAOBaseTensor.__torch_function__.__func__)  # type: ignore[assignment]
+        return super().implements_torch_function(torch_fns)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return QTensor.__repr__(self)
+
+    def _quantization_type(self) -> str:
+        return f"scheme={self.scheme}, shape={tuple(self.shape)}, device={self.device}, layout={self.spec.layout}"
+
+
+def require(given: dict[str, Any], *names: str) -> tuple[Any, ...]:
+    """The arguments that a constructor cannot do without."""
+    missing = [name for name in names if given.get(name) is None]
+    if missing:
+        raise MisfitError(f"the constructor wants {', '.join(names)}, got no {missing[0]}.")
+    return tuple(given[name] for name in names)
+
+
+def nibbles(parts: Parts, element: str) -> Tensor:
+    return pack_bits(ELEMENTS[element].to_codes(parts.qdata), 4)
+
+
+def from_nibbles(qdata: Tensor, element: str) -> Tensor:
+    return ELEMENTS[element].from_codes(unpack_bits(qdata.view(torch.uint8), 4, qdata.shape[-1] * 2))
+
+
+def or_none(zero_point: Tensor | None) -> Tensor | None:
+    """A zero point that says something; all zeros say nothing."""
+    if zero_point is None or zero_point.device.type == "meta" or not bool(zero_point.any()):
+        return None
+    return zero_point
+
+
+def quantized(cls: type[View], weight: Tensor, scheme: str, run: numbers.Numbers) -> Any:
+    with torch.no_grad():
+        parts = run(weight.detach(), Scheme.parse(scheme).weight)
+        return cls.from_parts(parts, scheme, dtype=weight.dtype)
