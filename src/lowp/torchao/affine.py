@@ -472,3 +472,49 @@ def spread_over(scale: Tensor, shape: Sequence[int]) -> Tensor:
         if scale.shape[axis] not in (1, length):
             scale = scale.repeat_interleave(length // scale.shape[axis], dim=axis)
     return scale
+
+
+# -- quantize and dequantize at once ------------------------------------------------------------------------------------
+
+
+def fake_quantize_affine(
+    input: Tensor,
+    block_size: Sequence[int],
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_dtype: torch.dtype,
+    quant_min: Bound = None,
+    quant_max: Bound = None,
+    zero_point_domain: ZeroPointDomain = ZeroPointDomain.INT,
+) -> Tensor:
+    """What quantization does to the numbers; the gradient passes where a number is inside the range and is 0 elsewhere.
+
+    Raises:
+        MisfitError: a zero point of the domain FLOAT.
+    """
+    return fake_quantize_affine_cachemask(
+        input, block_size, scale, zero_point, quant_dtype, quant_min, quant_max, zero_point_domain
+    )[0]
+
+
+def fake_quantize_affine_cachemask(
+    input: Tensor,
+    block_size: Sequence[int],
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_dtype: torch.dtype,
+    quant_min: Bound = None,
+    quant_max: Bound = None,
+    zero_point_domain: ZeroPointDomain = ZeroPointDomain.INT,
+) -> tuple[Tensor, Tensor]:
+    """The same, and which numbers lie inside the range."""
+    if zero_point_domain is ZeroPointDomain.FLOAT:
+        raise MisfitError("a fake quantizer wants an integer zero point or none, got ZeroPointDomain.FLOAT.")
+    qmin, qmax = quant_bounds(quant_dtype, quant_min, quant_max)
+    offset = zero_point if zero_point_domain is ZeroPointDomain.INT else None
+    with torch.no_grad():
+        unclamped = affine_codes(input, block_size, scale, offset, -torch.inf, torch.inf)
+        inside = (unclamped >= qmin) & (unclamped <= qmax)
+        values = affine_values(unclamped.clamp(qmin, qmax), block_size, scale, offset, input.dtype)
+    passed = torch.where(inside, input, input.detach())  # the straight-through estimator: values, with input's gradient
+    return values + (passed - passed.detach()), inside

@@ -390,6 +390,9 @@ def classes() -> dict[str, type]:
     }
 
 
+ALLOWED_AO_MODULES = {"torchao.quantization", "torchao.prototype.mx_formats", "torchao.prototype.quantization"}
+
+
 def config_to_dict(config: AOBaseConfig) -> dict[str, Any]:
     """A configuration as plain values, ready for JSON.
 

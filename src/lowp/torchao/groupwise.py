@@ -176,3 +176,42 @@ def per_token_dynamic_quant(
     )
     codes = affine.quantize_affine(input, block, scale, zero, torch.int8, -128, 127)
     return affine.dequantize_affine(codes, block, scale, zero, torch.int8, -128, 127, output_dtype=input.dtype)
+
+
+def quantize_activation_per_token_absmax(t: Tensor) -> tuple[Tensor, Tensor]:
+    """An activation (..., K) in symmetric int8 and a scale for each token; scales are at least 1e-5, codes within +-127."""
+    block = (1,) * (t.dim() - 1) + (t.shape[-1],)
+    scale, zero = affine.choose_qparams_affine(
+        t, MappingType.SYMMETRIC, block, torch.int8, -127, 127, eps=1e-5, scale_dtype=_scale_dtype(t), keepdim=True
+    )
+    return affine.quantize_affine(t, block, scale, zero, torch.int8, -127, 127), scale
+
+
+def _scale_dtype(t: Tensor) -> torch.dtype | None:
+    return torch.float32 if t.dtype == torch.float16 else None
+
+
+def dynamically_quantize_per_channel(
+    x: Tensor, quant_min: int, quant_max: int, target_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix (N, K) with a symmetric scale for each row: codes, scales (N,), zero points (N,)."""
+    block = (1, x.shape[1])
+    eps = torch.finfo(torch.float32).eps
+    scale, zero = affine.choose_qparams_affine(
+        x, MappingType.SYMMETRIC, block, target_dtype, quant_min, quant_max, eps, zero_point_dtype=torch.int64
+    )
+    return affine.quantize_affine(x, block, scale, zero, target_dtype, quant_min, quant_max), scale, zero
+
+
+def dequantize_per_channel(
+    int_repr: Tensor, scales: Tensor, zero_points: Tensor, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values of codes (N, K) by rows."""
+    return affine.affine_values(int_repr, (1, int_repr.shape[1]), scales, zero_points, out_dtype)
+
+
+def dequantize_per_tensor(
+    int_repr: Tensor, scale: Tensor, zero_point: Tensor, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values of codes of any shape by one scale."""
+    return affine.affine_values(int_repr, tuple(int_repr.shape), scale, zero_point, out_dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import parametrize
+from torch.nn.utils import parametrize
 
 from ..errors import MisfitError
 from ..tensor import QTensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -238,3 +238,30 @@ class QuantizeTensorToNVFP4Kwargs(QuantizeTensorKwargs):
     is_swizzled_scales: bool = False
     use_triton_kernel: bool = False
     use_dynamic_per_tensor_scale: bool = False
+
+
+# -- what hosts ask of tensors and configurations -------------------------------------------------------------------------
+
+
+@runtime_checkable
+class SupportsActivationPreScaling(Protocol):
+    """A weight whose input is multiplied by act_pre_scale first."""
+
+    act_pre_scale: torch.Tensor | None
+
+
+@runtime_checkable
+class IsStaticQuantizationConfig(Protocol):
+    """A configuration with a scale for the activation."""
+
+    act_quant_scale: torch.Tensor | None
+
+    def get_act_quant_kwargs(self) -> QuantizeTensorKwargs:
+        """How the activation is quantized."""
+        ...
+
+
+class IntxUnpackedToInt8TensorActivationQuantization(_Spelled):
+    """How the activation of an IntxUnpackedToInt8Tensor is quantized."""
+
+    INT8_ASYM_PER_TOKEN = "int8_asym_per_token"
