@@ -186,6 +186,7 @@ def _carry_out(
         raise MisfitError(
             f"{type(config).__name__} has no handler: register one with register_quantize_module_handler."
         )
+    _as_parameters(model, names)
     known = {fqn: target for target in targets(model) for fqn in (target.fqn, *target.tied)}
     strange = [name for name in names if name not in known]
     if strange:
@@ -206,6 +207,16 @@ def _carry_out(
     _show(model, report, TENSORS[row.tensor(config)])
     _warn_of_skipped(report, row.name)
     return report.rows
+
+
+def _as_parameters(model: nn.Module, names: list[str]) -> None:
+    """Weights that were set as plain tensors (PEFT does so when it merges) become parameters, which is what is quantized."""
+    for fqn in names:
+        module_name, _, name = fqn.rpartition(".")
+        module = model.get_submodule(module_name)
+        if name in module.__dict__:
+            tensor = module.__dict__.pop(name)
+            module.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
 
 def _with_static(run: numbers.Numbers, config: Any) -> numbers.Numbers:

@@ -2,7 +2,7 @@
 
     install()      `import torchao` finds lowp from here on; refuses where the real torchao is imported already
     uninstall()    as it was
-    enable()       two small files in this environment's site-packages: every process starts with the redirect
+    enable()       two small files in site-packages: every process of the environment starts with it
     disable()      removes them
     status()       one sentence
 

@@ -114,8 +114,11 @@ def tinygemm(weight: Tensor, fmt: Format) -> Parts:
 
 
 def hqq_asymmetric(weight: Tensor, fmt: Format) -> Parts:
-    """HQQ, which searches the zero: our own solver, as `method="hqq"`."""
-    return hqq(weight, fmt)
+    """HQQ, which searches the zero: our own solver, as `method="hqq"`; the zero is one that torchao's files can hold."""
+    parts = hqq(weight, fmt)
+    assert parts.scale is not None
+    zero = to_value_zero(parts.zero_point, parts.scale)
+    return parts.replace(zero_point=from_value_zero(zero, parts.scale))
 
 
 def hqq_scale_only(weight: Tensor, fmt: Format) -> Parts:
