@@ -153,8 +153,14 @@ def _built(name: str, entry: Mapping[str, Any], given: dict[str, Tensor]) -> Ten
             f"{name} is a {entry['_type']}, which is none of {', '.join(READABLE)}: convert it with torchao."
         )
     kind = TENSORS[entry["_type"]]
+    # Views of a mapped file lie anywhere; CPU kernels are fastest, and torch's some only run, on whole vectors.
+    given = {part: tensor.clone() if _lies_askew(tensor) else tensor for part, tensor in given.items()}
     attributes = {key: from_plain(value) for key, value in entry.get("_data", {}).items()}
     return in_best_layout(kind(**{key: value for key, value in (given | attributes).items() if key in kind._arguments}))
+
+
+def _lies_askew(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and type(tensor) is Tensor and tensor.data_ptr() % 64 != 0
 
 
 def from_plain(value: Any) -> Any:
