@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,24 +74,24 @@ def quant_bounds(dtype: torch.dtype, quant_min: Bound = None, quant_max: Bound =
     return quant_min, quant_max
 
 
-def reduction(block_size: Sequence[int], size: Sequence[int]) -> tuple[list[int], list[int]]:
+def reduction(block_size: Sequence[int], input_size: Sequence[int]) -> tuple[list[int], list[int]]:
     """The shape in which each block has axes of its own, and those axes.
 
     >>> reduction((1, 32), (8, 64))
     ([8, 2, 32], [2])
     """
-    if len(block_size) != len(size):
-        raise MisfitError(f"block_size wants one number for each axis of {tuple(size)}, got {tuple(block_size)}.")
+    if len(block_size) != len(input_size):
+        raise MisfitError(f"block_size wants one number for each axis of {tuple(input_size)}, got {tuple(block_size)}.")
     shape: list[int] = []
     axes: list[int] = []
-    for block, length in zip(block_size, size, strict=True):
+    for block, length in zip(block_size, input_size, strict=True):
         if block == 1 or block == length:
             shape.append(length)
             whole = block != 1
         else:
             if length % block:
                 raise MisfitError(
-                    f"block_size {tuple(block_size)} wants a shape that it divides, got {tuple(size)}: choose another group."
+                    f"block_size {tuple(block_size)} wants a shape that it divides, got {tuple(input_size)}: choose another group."
                 )
             shape += [length // block, block]
             whole = True
@@ -516,5 +517,17 @@ def fake_quantize_affine_cachemask(
         unclamped = affine_codes(input, block_size, scale, offset, -torch.inf, torch.inf)
         inside = (unclamped >= qmin) & (unclamped <= qmax)
         values = affine_values(unclamped.clamp(qmin, qmax), block_size, scale, offset, input.dtype)
-    passed = torch.where(inside, input, input.detach())  # the straight-through estimator: values, with input's gradient
-    return values + (passed - passed.detach()), inside
+    return _StraightThrough.apply(input, values, inside), inside
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Values that stand for an input: its gradient passes where it is inside the range."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, inside: Tensor) -> Tensor:
+        ctx.save_for_backward(inside)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient * ctx.saved_tensors[0], None, None

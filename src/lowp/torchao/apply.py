@@ -33,6 +33,7 @@ from ..tensor import QTensor
 from . import int4, microscale, nf4, numbers, tensors
 from .base import TorchAOBaseTensor
 from .config import CONFIGS, AOBaseConfig, FqnToConfig, row_of  # noqa: F401  (CONFIGS: the example)
+from .spelling import one_spelling
 from .views import View
 
 Filter = Callable[[nn.Module, str], bool]
@@ -196,7 +197,8 @@ def _carry_out(
         )
     by_scheme: dict[str, list[str]] = {}
     for name in names:
-        by_scheme.setdefault(row.scheme(config, known[name].weight.dtype), []).append(name)
+        scheme = one_spelling(row.scheme(config, known[name].weight.dtype), known[name].matrix_shape)
+        by_scheme.setdefault(scheme, []).append(name)
     if not names:
         return ()
     rules = {f"re:{'|'.join(re.escape(name) for name in group)}": scheme for scheme, group in by_scheme.items()}
@@ -256,19 +258,19 @@ def _warn_of_skipped(report: Report, name: str) -> None:
         warnings.warn(f"{name} leaves {len(skipped)} layers in floats. {first}", stacklevel=4)
 
 
-def in_best_layout(weight: Tensor) -> Tensor:
+def in_best_layout(tensor: Tensor) -> Tensor:
     """A quantized weight in the layout that linear layers run fastest from where it is, as if quantized here."""
-    if not isinstance(weight, QTensor) or weight.dim() != 2 or weight.device.type == "meta":
-        return weight
+    if not isinstance(tensor, QTensor) or tensor.dim() != 2 or tensor.device.type == "meta":
+        return tensor
     case = Case(
         op="linear",
-        scheme=weight.scheme,
-        device=weight.device.type,
-        sm=device_capability(weight.device.type, weight.device.index),
-        dtype=str(weight.dtype).removeprefix("torch."),
-        shape=tuple(weight.spec.shape),
+        scheme=tensor.scheme,
+        device=tensor.device.type,
+        sm=device_capability(tensor.device.type, tensor.device.index),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.spec.shape),
     )
-    return weight.to_layout(best_layout(("linear",), case)[0])
+    return tensor.to_layout(best_layout(("linear",), case)[0])
 
 
 # -- handlers of third parties --------------------------------------------------------------------------------------------

@@ -110,6 +110,10 @@ class TorchAOBaseTensor(Tensor):
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         return {"device": self.device if device is None else device, "dtype": self.dtype if dtype is None else dtype}
 
+    def get_layout(self) -> Any:
+        """Where torchao's bytes lay before 0.16; None where a tensor does not say."""
+        return getattr(self, "_layout", None)
+
     def _quantization_type(self) -> str:
         return f"shape={tuple(self.shape)}, device={self.device}"
 

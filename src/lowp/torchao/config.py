@@ -67,7 +67,7 @@ class ConfigRow:
         scheme: (configuration, dtype of the weight) -> spelling.
         tensor: (configuration) -> name of the class under which the weight shows itself.
         numbers: (configuration) -> how the numbers are chosen.
-        settle: what is filled in or refused when one is made.
+        settle: what is filled in or refused when one is made. methods: what it answers besides.
         version: of the JSON, where it is no field. about: one line.
     """
 
@@ -77,6 +77,7 @@ class ConfigRow:
     tensor: Callable[[Any], str]
     numbers: Callable[[Any], Numbers]
     settle: Callable[[Any], None] = lambda config: None
+    methods: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     version: int = 1
     about: str = ""
 
@@ -315,6 +316,7 @@ def _dataclass_of(row: ConfigRow) -> type[AOBaseConfig]:
         "__doc__": f"{row.about}. See the row of this name.",
         "__module__": __name__,
     }
+    namespace |= row.methods
     if "version" not in row.fields:
         namespace["version"] = row.version
     return dataclasses.make_dataclass(row.name, fields, bases=(AOBaseConfig,), namespace=namespace)

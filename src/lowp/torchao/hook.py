@@ -6,8 +6,8 @@
     disable()      removes them
     status()       one sentence
 
-While the redirect stands, classes say the module that torchao's say (`Int8Tensor.__module__ == "torchao.quantization"`): hosts look
-at that string.
+While the redirect stands, classes say the module that torchao's say (`Int8Tensor.__module__ == "torchao.quantization"`):
+hosts look at that string.
 """
 
 from __future__ import annotations

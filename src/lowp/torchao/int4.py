@@ -106,6 +106,11 @@ class Int4PreshuffledTensor(_Int4):
         renamed = {"scale": given["group_scale"], "zero_point": given["group_zero"]}
         return super()._stored(dict.fromkeys(_Int4._arguments) | given | renamed)
 
+    @classmethod
+    def from_int4_tensor(cls, tensor: Int4Tensor) -> Int4PreshuffledTensor:
+        """The same weight under this name."""
+        return cls.of_qtensor(tensor)
+
 
 class Int4TilePackedTo4dTensor(_Int4):
     """int4 weights by groups for tinygemm: its tiles on CUDA, plain nibbles elsewhere; scale and zero side by side, bf16."""

@@ -184,6 +184,6 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def hp_data_dims_to_swizzled_scale_dims_nvfp4(hp_data_m: int, hp_data_k: int) -> tuple[int, int]:
+def hp_data_dims_to_swizzled_scale_dims_nvfp4(hp_data_M: int, hp_data_K: int) -> tuple[int, int]:
     """The shape of swizzled NVFP4 scales for a tensor (M, K)."""
-    return ceil_div(hp_data_m, 128) * 32, ceil_div(hp_data_k // 16, 4) * 16
+    return ceil_div(hp_data_M, 128) * 32, ceil_div(hp_data_K // 16, 4) * 16

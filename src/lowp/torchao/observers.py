@@ -5,6 +5,7 @@ Their ranges are buffers, so they travel with state_dict and `.to(...)`; torchao
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class AffineQuantizedObserverBase(nn.Module):
         self.quant_min, self.quant_max, self.eps = quant_min, quant_max, eps
         self.scale_dtype, self.zero_point_dtype = scale_dtype, zero_point_dtype
         self.preserve_zero, self.zero_point_domain, self.keepdim = preserve_zero, zero_point_domain, keepdim
+
+    @classmethod
+    def with_args(cls, *args: Any, **kwargs: Any) -> Any:
+        """What makes observers of this kind: call it, with more arguments if need be."""
+        return functools.partial(cls, *args, **kwargs)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor | None]:
         """The scale and the zero point for what has passed."""

@@ -8,6 +8,7 @@ PerBlock([128, 128])                           "128x128"
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -122,9 +123,21 @@ def format_of(
             f"block_size wants a number for each axis, 1 before the last two, got {block_size} for {shape}."
         )
     rows, columns = block_size[-2:]
-    block = f"{rows}x{columns}"
-    if (rows, columns) == tuple(shape[-2:]) and shape[-2] != 1:
-        block = "tensor"
-    elif rows == 1 and columns == shape[-1]:
-        block = "row"
-    return f"{element}/{block}{scale}{f'+{zero_point}' if zero_point else ''}"
+    block = "tensor" if (rows, columns) == tuple(shape[-2:]) and shape[-2] != 1 else f"{rows}x{columns}"
+    return one_spelling(f"{element}/{block}{scale}{f'+{zero_point}' if zero_point else ''}", shape)
+
+
+def one_spelling(scheme: str, shape: tuple[int, ...]) -> str:
+    """A scheme spelled in one way where a group is a whole row of this shape: as groups for the int4 kernels, else "row".
+
+    A file says the size of a group alone; what was quantized by rows and what is read again then run in the same kernel.
+
+    >>> one_spelling("int4/row*bf16", (8, 64)), one_spelling("int8/1x64", (8, 64))
+    ('int4/1x64*bf16', 'int8/row')
+    """
+    weight, at, act = scheme.partition("@")
+    columns = shape[-1]
+    as_group = weight.startswith("int4/") and columns in (32, 64, 128, 256)
+    old, new = ("/row", f"/1x{columns}") if as_group else (f"/1x{columns}", "/row")
+    weight = re.sub(f"{old}(?![0-9])", new, weight, count=1)
+    return f"{weight}{at}{act}"

@@ -104,6 +104,10 @@ class View(QTensor, TorchAOBaseTensor):
         """A QTensor under this class: the same packed tensors."""
         return cls.of(q.packed, q.spec, dtype=q.dtype, shape=tuple(q.shape), transposed=q.transposed)
 
+    def dequantize(self, output_dtype: torch.dtype | None = None, *, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        """The values as a plain tensor; `dtype` is our name of `output_dtype`."""
+        return super().dequantize(output_dtype or dtype)
+
     def torchao_tensors(self) -> dict[str, Tensor]:
         """torchao's tensors that this weight has, in the order of its class."""
         shown = self._shown()
