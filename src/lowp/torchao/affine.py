@@ -91,7 +91,7 @@ def reduction(block_size: Sequence[int], input_size: Sequence[int]) -> tuple[lis
         else:
             if length % block:
                 raise MisfitError(
-                    f"block_size {tuple(block_size)} wants a shape that it divides, got {tuple(input_size)}: choose another group."
+                    f"block_size {tuple(block_size)} wants a shape that it divides, got {tuple(input_size)}: take another."
                 )
             shape += [length // block, block]
             whole = True

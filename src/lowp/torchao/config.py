@@ -104,6 +104,12 @@ def _int8_scheme(config: Any, dtype: torch.dtype) -> str:
     return f"int8/{block_of(weight)}@{_int8_act(config, act)}"
 
 
+def _act_quant_kwargs(self: Any) -> words.QuantizeTensorToInt8Kwargs:
+    """How the activation is quantized."""
+    granularity, _ = _pair(self.granularity, PerRow())
+    return words.QuantizeTensorToInt8Kwargs(granularity, self.act_mapping_type, self.reduce_range)
+
+
 def _float8_settle(config: Any) -> None:
     config.granularity = list(_pair(config.granularity, PerTensor()))
     if config.mm_config is None:
@@ -198,6 +204,7 @@ CONFIG_ROWS = (
             "act_mapping_type": MappingType.SYMMETRIC, "set_inductor_config": True, "version": 1, "reduce_range": False,
         },
         scheme=_int8_scheme, tensor=lambda c: "Int8Tensor", numbers=lambda c: numbers.int8,
+        methods={"get_act_quant_kwargs": _act_quant_kwargs},
     ),
     ConfigRow(
         name="Float8WeightOnlyConfig", about="float8 by rows",
@@ -311,7 +318,7 @@ def _dataclass_of(row: ConfigRow) -> type[AOBaseConfig]:
         row.settle(self)
 
     fields = [(name, Any, _made(default)) for name, default in row.fields.items()]
-    namespace = {
+    namespace: dict[str, Any] = {
         "__post_init__": __post_init__,
         "__doc__": f"{row.about}. See the row of this name.",
         "__module__": __name__,
