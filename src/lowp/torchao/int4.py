@@ -92,8 +92,7 @@ class Int4PreshuffledTensor(_Int4):
 
     tensor_data_names = ["qdata", "group_scale"]
     optional_tensor_data_names = ["group_zero", "row_scale"]
-    optional_tensor_attribute_names = []
-    _arguments = ("qdata", "group_scale", "block_size", "shape", "group_zero", "row_scale")
+    _arguments = ("qdata", "group_scale", "block_size", "shape", "group_zero", "row_scale", "activation_dtype")
 
     def _shown(self) -> dict[str, Tensor]:
         shown = super()._shown()

@@ -108,7 +108,7 @@ class Finder(importlib.abc.MetaPathFinder):
         if inside in names.by_module():
             return spec_of(fullname, inside)
         parent, _, name = inside.rpartition(".")
-        if parent in names.by_module() and (parent or self.prefix == "torchao") and _is_from_import():
+        if parent in names.by_module() and _is_from_import():
             raise ImportError(names.sentence(parent, name), name=fullname)
         return None
 
