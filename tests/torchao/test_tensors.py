@@ -128,6 +128,40 @@ def test_a_cut_of_a_layout_for_one_kernel_writes_to_its_parent():
 
 
 @each_name
+def test_one_row_is_a_quantized_vector(name, device):
+    w = weight(name, device=device)
+    if w.spec.layout != "plain":
+        w = w.to_layout("plain")
+    if w.format.wraps or (
+        w.format.nested is not None and "scale_scale" in w.packed and w.packed["scale_scale"].numel() > 1
+    ):
+        return  # a scale of scales may run over several rows
+    for index in (0, 5, -1):
+        assert w[index].shape == (256,) and torch.equal(w[index].dequantize(), w.dequantize()[index])
+    with pytest.raises(IndexError):
+        w[128]
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "Int4WeightOnlyConfig"])
+def test_what_a_slice_shows_is_its_parents_memory(name):
+    w = weight(name).to_layout("plain")
+    part = w.narrow(0, 0, 64)
+    for shown in ("qdata", "scale"):
+        assert getattr(w, shown).data_ptr() == getattr(part, shown).data_ptr()
+
+
+@each_name
+def test_compiled_modules_compute_the_same(name):
+    model = nn.Sequential(nn.Linear(256, 128, bias=False, dtype=torch.bfloat16))
+    model[0].weight = nn.Parameter(weight(name), requires_grad=False)
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.compiler.reset()
+        y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+        assert torch.allclose(y, model(x), rtol=0.02, atol=0.02)
+
+
+@each_name
 def test_unwrapped_modules_compute_the_same(name):
     w = weight(name)
     model = nn.Sequential(nn.Linear(256, 128, bias=False, dtype=torch.bfloat16))

@@ -110,6 +110,12 @@ def _act_quant_kwargs(self: Any) -> words.QuantizeTensorToInt8Kwargs:
     return words.QuantizeTensorToInt8Kwargs(granularity, self.act_mapping_type, self.reduce_range)
 
 
+def _float8(dtype: Any) -> str:
+    if not isinstance(dtype, torch.dtype) or not str(dtype).startswith("torch.float8"):
+        raise MisfitError(f"a float8 configuration wants a float8 dtype such as torch.float8_e4m3fn, got {dtype}.")
+    return element_of(dtype)
+
+
 def _float8_settle(config: Any) -> None:
     config.granularity = list(_pair(config.granularity, PerTensor()))
     if config.mm_config is None:
@@ -121,10 +127,14 @@ def _float8_scheme(config: Any, dtype: torch.dtype) -> str:
     if config.packing_format != Float8PackingFormat.PLAIN:
         raise MisfitError(f"{config.packing_format} wants a sparse layout, which is not there yet: use PLAIN.")
     act, weight = config.granularity
-    return f"{element_of(config.weight_dtype)}/{block_of(weight)}@{element_of(config.activation_dtype)}/{block_of(act)}"
+    return f"{_float8(config.weight_dtype)}/{block_of(weight)}@{_float8(config.activation_dtype)}/{block_of(act)}"
 
 
 def _intx_weight(dtype: Any, granularity: Granularity, mapping: MappingType, scale_dtype: torch.dtype) -> str:
+    if "int" not in element_of(dtype):
+        raise MisfitError(
+            f"weight_dtype is an integer of 1 to 8 bits, got {dtype}: use Float8WeightOnlyConfig for float8."
+        )
     zero_point = "+int8" if mapping is MappingType.ASYMMETRIC else ""
     return f"{element_of(dtype)}/{block_of(granularity)}{scale_of(scale_dtype)}{zero_point}"
 
@@ -209,7 +219,7 @@ CONFIG_ROWS = (
     ConfigRow(
         name="Float8WeightOnlyConfig", about="float8 by rows",
         fields={"weight_dtype": _E4M3, "set_inductor_config": True, "version": 2, "granularity": PerRow},
-        scheme=lambda c, dtype: f"{element_of(c.weight_dtype)}/{block_of(c.granularity)}",
+        scheme=lambda c, dtype: f"{_float8(c.weight_dtype)}/{block_of(c.granularity)}",
         tensor=lambda c: "Float8Tensor", numbers=lambda c: numbers.float8,
     ),
     ConfigRow(

@@ -38,11 +38,9 @@ class _Int4(View):
         parts = self.parts()
         assert parts.scale is not None
         zero = numbers.to_value_zero(parts.zero_point, parts.scale)
-        shown = {
-            "qdata": nibbles(parts, "int4"),
-            "scale": parts.scale.mT.contiguous(),
-            "zero_point": zero.mT.contiguous(),
-        }
+        plain = self.spec.layout == "plain"  # whose bytes are torchao's
+        qdata = self.packed["qdata"] if plain else nibbles(parts, "int4")
+        shown = {"qdata": qdata, "scale": parts.scale.mT, "zero_point": zero.mT}
         return shown | ({} if parts.act_pre_scale is None else {"act_pre_scale": parts.act_pre_scale})
 
     @classmethod

@@ -149,7 +149,22 @@ class View(QTensor, TorchAOBaseTensor):
             for tensor in args[0] if isinstance(args[0], (list, tuple)) else [args[0]]:
                 if isinstance(tensor, View):
                     tensor._make_plain()
+        if func is aten.select.int and isinstance(args[0], View):
+            row = args[0]._row(*args[1:])
+            if row is not None:
+                return row
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _row(self, dim: int, index: int) -> Self | None:
+        """One row of a matrix as a quantized vector; None where its blocks hold more rows than one."""
+        size = self.shape[0]
+        if self.dim() != 2 or dim % 2 or self.transposed or self.is_lazy_view or not -size <= index < size:
+            return None
+        if "x" in self.format.block and not self.format.block.startswith("1x"):
+            return None
+        one = self.narrow(0, index % size, 1)
+        packed = {name: tensor.select(0, 0) if tensor.dim() == 2 else tensor for name, tensor in one.packed.items()}
+        return self.remade(packed, one.spec.with_shape(tuple(one.spec.shape[1:])))
 
     def _make_plain(self) -> None:
         layout = layout_of(self.spec.layout)
