@@ -1,6 +1,7 @@
 """Hosts that import torchao, unmodified, run on lowp through the redirect: each in a process of its own, with the real torchao
 installed beside it or not. The scripts in `hosts/` hold the checks; here: they end well, no module of the real one was loaded."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,11 @@ def test_host(host, cases, tmp_path):
     script = tmp_path / f"{host}.py"
     script.write_text((HERE / "hosts" / f"{host}.py").read_text() + "\nimport sys\n" + LAST)
     done = subprocess.run(
-        [sys.executable, "-m", "lowp.torchao", str(script), str(MODEL)], capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "lowp.torchao", str(script), str(MODEL)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads than cores only wait for each other
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert sum(line.startswith("ok ") for line in done.stdout.splitlines()) == cases, done.stdout

@@ -28,6 +28,8 @@ def __getattr__(name: str) -> Any:
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")
+    if name.startswith("__"):
+        raise AttributeError(name)
     raise AttributeError(_names.sentence("", name))
 
 

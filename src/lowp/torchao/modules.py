@@ -41,6 +41,10 @@ class Module(ModuleType):
             return found
         if name in names.submodules(path):
             return importlib.import_module(f"{self.__name__}.{name}")
+        if name.startswith(
+            "__"
+        ):  # asked of every module by inspect; a search for the nearest name would cost each of them
+            raise AttributeError(name)
         raise AttributeError(names.sentence(path, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
