@@ -152,3 +152,30 @@ def test_a_switch_that_outlives_lowp_steps_aside(site, tmp_path):
     text = f"{without}\nimport torchao; print(torchao.__version__)"
     code, out, err = run("-W", "ignore", "-c", text, path=[tmp_path])
     assert code == 0 and out.split() == ["real"], err
+
+
+OPERATORS = """
+import torch, lowp.torchao as t
+names = ("choose_qparams_affine", "quantize_affine", "dequantize_affine")
+has = lambda: [torch._C._dispatch_has_kernel(f"torchao::{name}") for name in names]
+print(*has())
+t.install(); print(*has())
+ops = torch.ops.torchao
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        scale, zero = ops.choose_qparams_affine(x, "ASYMMETRIC", [1, x.shape[1]], torch.int8, -128, 127)
+        q = ops.quantize_affine(x, [1, x.shape[1]], scale, zero, torch.int8, -128, 127)
+        return ops.dequantize_affine(q, [1, x.shape[1]], scale, zero, torch.int8, -128, 127)
+x = torch.randn(4, 32)
+exported = torch.export.export(Layer(), (x,))
+kept = [str(n.target) for n in exported.graph.nodes if "torchao" in str(n.target)]
+print(*kept, (exported.module()(x) - x).abs().max().item() < 0.02)
+t.uninstall(); print(*has())
+"""
+
+
+def test_operators_are_there_while_the_redirect_stands():
+    """An exported graph keeps them whole, which is what exporters look for."""
+    no, yes = ["False"] * 3, ["True"] * 3
+    kept = [f"torchao.{name}.default" for name in ("choose_qparams_affine", "quantize_affine", "dequantize_affine")]
+    assert python(OPERATORS) == [*no, *yes, *kept, "True", *no]

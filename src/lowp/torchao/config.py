@@ -423,21 +423,28 @@ def config_to_dict(config: AOBaseConfig) -> dict[str, Any]:
     """
     if not isinstance(config, AOBaseConfig):
         raise TypeError(f"config_to_dict wants a configuration, got {type(config).__name__}.")
-    return json.loads(json.dumps(_plain(config)))
+    return json.loads(json.dumps(plain(config)))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any, *, versions: bool = True) -> Any:
+    """A configuration or an attribute of a tensor as plain values; `versions`: beside each record, as configurations have them.
+
+    Raises:
+        TypeError: what JSON does not hold, such as a tensor.
+    """
     if isinstance(value, torch.dtype):
         return {"_type": "torch.dtype", "_data": str(value).removeprefix("torch.")}
     if isinstance(value, enum.Enum):
         return {"_type": type(value).__name__, "_data": value.name}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        data = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "version"}
-        return {"_type": type(value).__name__, "_version": getattr(value, "version", 1), "_data": data}
+        fields = [f.name for f in dataclasses.fields(value) if f.name != "version"]
+        version = {"_version": getattr(value, "version", 1)} if versions else {}
+        data = {name: plain(getattr(value, name), versions=versions) for name in fields}
+        return {"_type": type(value).__name__, **version, "_data": data}
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item, versions=versions) for key, item in value.items()}
     if isinstance(value, (list, tuple, torch.Size)):
-        return [_plain(item) for item in value]
+        return [plain(item, versions=versions) for item in value]
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
     raise TypeError(f"JSON does not hold a {type(value).__name__}: {value!r:.80}")
@@ -451,19 +458,20 @@ def config_from_dict(data: Mapping[str, Any]) -> AOBaseConfig:
     """
     if not isinstance(data, Mapping) or "_type" not in data or "_data" not in data:
         raise MisfitError(f"a configuration in JSON wants the keys _type and _data, got {data!r:.120}.")
-    made = _built(data)
+    made = from_plain(data)
     if not isinstance(made, AOBaseConfig):
         raise SpellingError.of("configuration", str(data["_type"]), [*CONFIGS, "FqnToConfig"])
     return made
 
 
-def _built(value: Any) -> Any:
+def from_plain(value: Any) -> Any:
+    """The inverse of `plain`; what is not known is a SpellingError that names the nearest."""
     if isinstance(value, list):
-        return [_built(item) for item in value]
+        return [from_plain(item) for item in value]
     if not isinstance(value, Mapping):
         return value
     if "_type" not in value:
-        return OrderedDict((key, _built(item)) for key, item in value.items())
+        return OrderedDict((key, from_plain(item)) for key, item in value.items())
     name, data = str(value["_type"]), value["_data"]
     if name == "torch.dtype":
         dtype = getattr(torch, str(data), None)
@@ -482,7 +490,7 @@ def _built(value: Any) -> Any:
     if unknown:
         raise SpellingError.of(f"field of {name}", unknown[0], fields)
     version = {"version": value["_version"]} if "version" in fields and "_version" in value else {}
-    return kind(**{key: _built(item) for key, item in data.items()}, **version)
+    return kind(**{key: from_plain(item) for key, item in data.items()}, **version)
 
 
 def _dtypes() -> list[torch.dtype]:

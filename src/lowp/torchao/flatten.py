@@ -13,8 +13,6 @@ Unlike there a parameter of the model itself, without a module, is written too (
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError, MisfitError
 from ..tensor import QTensor
 from .apply import TENSORS, in_best_layout
-from .config import classes
+from .config import from_plain, plain
 from .views import View
 
 READABLE = (
@@ -62,7 +60,7 @@ def flatten_tensor_state_dict(tensors_dict: Mapping[str, Tensor]) -> tuple[dict[
         for part, value in parts.items():
             tensors[_part_name(name, part)] = value.contiguous()
         attributes = (*view.optional_tensor_attribute_names, *view.tensor_attribute_names)
-        data = {key: plain(getattr(view, key)) for key in attributes if key != "shape"}
+        data = {key: plain(getattr(view, key), versions=False) for key in attributes if key != "shape"}
         if "shape" in attributes:
             data["shape"] = list(view.spec.shape)
         entry = {"_type": type(view).__name__, "_data": data, "_tensor_data_names": list(parts)}
@@ -89,18 +87,6 @@ def _parts(view: View) -> dict[str, Tensor]:
 def _part_name(name: str, part: str) -> str:
     module, dot, parameter = name.rpartition(".")
     return f"{module}{dot}_{parameter}_{part}"
-
-
-def plain(value: Any) -> Any:
-    """An attribute as plain values; the inverse of `from_plain`."""
-    if isinstance(value, torch.dtype):
-        return {"_type": "torch.dtype", "_data": str(value).removeprefix("torch.")}
-    if isinstance(value, enum.Enum):
-        return {"_type": type(value).__name__, "_data": value.name}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        data = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-        return {"_type": type(value).__name__, "_data": data}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # -- read -----------------------------------------------------------------------------------------------------------------
@@ -161,24 +147,6 @@ def _built(name: str, entry: Mapping[str, Any], given: dict[str, Tensor]) -> Ten
 
 def _lies_askew(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and type(tensor) is Tensor and tensor.data_ptr() % 64 != 0
-
-
-def from_plain(value: Any) -> Any:
-    """An attribute from plain values; the inverse of `plain`."""
-    if isinstance(value, list):
-        return [from_plain(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    name, data = str(value.get("_type")), value.get("_data")
-    if name == "torch.dtype":
-        return getattr(torch, str(data))
-    kind = classes().get(name)
-    if kind is None:
-        raise CheckpointError(f"an attribute is a {name}, which is not known: convert the file with torchao.")
-    if issubclass(kind, enum.Enum):
-        return kind[str(data)]
-    fields = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
-    return kind(**{key: from_plain(item) for key, item in (data or {}).items() if key in fields})
 
 
 def is_metadata_torchao(metadata: Mapping[str, Any]) -> bool:

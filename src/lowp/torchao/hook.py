@@ -20,7 +20,7 @@ import sysconfig
 from pathlib import Path
 
 from ..errors import LowpError
-from . import modules, names, redirect
+from . import library, modules, names, redirect
 
 PTH, COPY = "_lowp_torchao.pth", "_lowp_torchao.py"
 _PUBLIC = {  # where torchao's classes say that they are, other than the module that defines them
@@ -59,6 +59,7 @@ def uninstall() -> None:
     for kind, module in _before.items():
         kind.__module__ = module
     _before.clear()
+    library.undefine()
 
 
 def installed() -> bool:
@@ -67,9 +68,10 @@ def installed() -> bool:
 
 
 def rename() -> None:
-    """Let our classes say torchao's modules."""
+    """Let our classes say torchao's modules, and torch have torchao's operators."""
     if _before:
         return
+    library.define()
     for row in names.table():
         found = modules.resolve(row) if row.works else None
         if isinstance(found, type) and found.__module__.startswith(f"{modules.OURS}.") and found not in _before:

@@ -56,6 +56,22 @@ class AffineQuantizedObserverBase(nn.Module):
         """The scale and the zero point for what has passed."""
         raise NotImplementedError(f"{type(self).__name__} gives no scale: write its calculate_qparams.")
 
+    def _of_range(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        return affine.choose_qparams_affine_with_min_max(
+            low,
+            high,
+            self.mapping_type,
+            [],  # the blocks are reduced already
+            self.target_dtype,
+            self.quant_min,
+            self.quant_max,
+            self.eps,
+            self.scale_dtype,
+            self.zero_point_dtype,
+            self.preserve_zero,
+            self.zero_point_domain,
+        )
+
 
 class AffineQuantizedMinMaxObserver(AffineQuantizedObserverBase):
     """The smallest and largest value of each block that has passed."""
@@ -87,17 +103,72 @@ class AffineQuantizedMinMaxObserver(AffineQuantizedObserverBase):
         """The scale and the zero point for the range that has passed."""
         if self.min_val is None:
             raise MisfitError("an observer wants to see data before it answers a scale: run the model on some first.")
-        return affine.choose_qparams_affine_with_min_max(
-            self.min_val,
-            self.max_val,
-            self.mapping_type,
-            [],  # the blocks are reduced already
-            self.target_dtype,
-            self.quant_min,
-            self.quant_max,
-            self.eps,
-            self.scale_dtype,
-            self.zero_point_dtype,
-            self.preserve_zero,
-            self.zero_point_domain,
-        )
+        return self._of_range(self.min_val, self.max_val)
+
+
+class AffineQuantizedFixedQParamObserver(AffineQuantizedObserverBase):
+    """A scale and a zero point that are given, whatever passes."""
+
+    def __init__(
+        self, *args: Any, scale: Tensor | None = None, zero_point: Tensor | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("scale", torch.ones(1) if scale is None else scale)
+        self.register_buffer("zero_point", torch.zeros(1) if zero_point is None else zero_point)
+
+    def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Give another scale and zero point."""
+        self.scale = scale
+        self.zero_point = torch.zeros_like(scale) if zero_point is None else zero_point
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor | None]:
+        """What was given."""
+        return self.scale, self.zero_point
+
+
+class AffineQuantizedMSEObserver(AffineQuantizedObserverBase):
+    """For each block the part of its range, of `steps` parts, that gives the least squared error.
+
+    Args:
+        steps: how many parts are tried. run_once: only the first input is looked at.
+    """
+
+    def __init__(self, *args: Any, steps: int = 100, run_once: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.steps, self.run_once, self.calibrated = steps, run_once, False
+        self.register_buffer("min_val", None)
+        self.register_buffer("max_val", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() and not (self.run_once and self.calibrated):
+            self.min_val, self.max_val = self._search(input.detach())
+            self.calibrated = True
+        return input
+
+    def _search(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        block = get_block_size(tuple(x.shape), self.granularity)
+        shape, axes = affine.reduction(block, tuple(x.shape))
+        blocks = x.reshape(shape)
+        low, high = blocks.amin(dim=axes), blocks.amax(dim=axes)
+        best_low, best_high, best = low, high, torch.full_like(low, torch.inf)
+        bounds = affine.quant_bounds(self.target_dtype, self.quant_min, self.quant_max)
+        for step in range(1, self.steps + 1):
+            part = step / self.steps
+            scale, zero = self._of_range(low * part, high * part)
+            codes = affine.affine_codes(x, block, scale, zero, *bounds)
+            values = affine.affine_values(codes, block, scale, zero, x.dtype)
+            error = (values - x).reshape(shape).square().mean(dim=axes)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_low = torch.where(better, low * part, best_low)
+            best_high = torch.where(better, high * part, best_high)
+        return best_low, best_high
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor | None]:
+        """The scale and the zero point for the best range."""
+        if self.min_val is None:
+            raise MisfitError("an observer wants to see data before it answers a scale: run the model on some first.")
+        return self._of_range(self.min_val, self.max_val)
