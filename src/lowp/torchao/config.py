@@ -310,6 +310,28 @@ CONFIG_ROWS = (
         tensor=lambda c: "GGUFQuantizedTensor", numbers=lambda c: numbers.own,
     ),
     ConfigRow(
+        name="UIntXWeightOnlyConfig", about="uint1 to uint8 by groups, of torchao before 0.16",
+        fields={"dtype": torch.uint4, "group_size": 64, "pack_dim": -1, "use_hqq": False, "set_inductor_config": True},
+        scheme=lambda c, dtype: f"{element_of(c.dtype)}/{block_of(PerGroup(c.group_size))}{scale_of(dtype)}+uint8",
+        tensor=lambda c: "IntxUnpackedToInt8Tensor", numbers=lambda c: numbers.intx(MappingType.ASYMMETRIC),
+    ),
+    ConfigRow(
+        name="GemliteUIntXWeightOnlyConfig", about="uint1 to uint8 by groups, of torchao before 0.16",
+        fields={
+            "group_size": 128, "bit_width": 4, "packing_bitwidth": None, "mode": "weight_only", "set_inductor_config": True,
+        },
+        scheme=lambda c, dtype: f"uint{c.bit_width}/{block_of(PerGroup(c.group_size or -1))}{scale_of(dtype)}+uint8",
+        tensor=lambda c: "IntxUnpackedToInt8Tensor", numbers=lambda c: numbers.intx(MappingType.ASYMMETRIC),
+    ),
+    ConfigRow(
+        name="Int4DynamicActivationInt4WeightConfig", about="int4 weights and activations by rows, of torchao before 0.16",
+        fields={
+            "mapping_type": MappingType.SYMMETRIC, "act_mapping_type": MappingType.SYMMETRIC, "set_inductor_config": True,
+        },
+        scheme=lambda c, dtype: f"int4/row{scale_of(dtype)}@int4/row",
+        tensor=lambda c: "IntxUnpackedToInt8Tensor", numbers=lambda c: numbers.intx(c.mapping_type),
+    ),
+    ConfigRow(
         name="FPXWeightOnlyConfig", about="float6 and float4 by rows, of torchao before 0.16",
         fields={"ebits": 3, "mbits": 2, "set_inductor_config": True},
         scheme=lambda c, dtype: f"e{c.ebits}m{c.mbits}/row", tensor=lambda c: "FloatxTensor", numbers=lambda c: numbers.own,

@@ -73,9 +73,16 @@ def _readable(name: str, held: QTensor) -> View:
     kind = type(held).__name__
     if held.transposed or held.is_lazy_view or not isinstance(held, View) or kind not in (*READABLE, *_AS_INT4):
         raise MisfitError(f"{name}: torchao's form has no place for {held!r}: save the model with lowp.save.")
+    if kind == "IntxUnpackedToInt8Tensor" and not _said_by_intx(held):
+        raise MisfitError(f"{name}: torchao's form has no word for {held.scheme}: save the model with lowp.save.")
     if kind in _AS_INT4:
         return TENSORS["Int4Tensor"].of_qtensor(held)
     return held
+
+
+def _said_by_intx(view: QTensor) -> bool:
+    """Signed weights, and activations as they are or in asymmetric int8 by tokens: all that torchao's class knows."""
+    return view.format.element.signed and str(view.spec.act) in ("None", "int8/row+int8")
 
 
 def _parts(view: View) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..errors import MisfitError
 from ..methods.hqq import hqq
 from ..numerics import ELEMENTS, Format, Parts, quantize
 from ..numerics.math import ZERO_POINT_DTYPES
@@ -131,6 +132,34 @@ def hqq_scale_only(weight: Tensor, fmt: Format) -> Parts:
 def own(weight: Tensor, fmt: Format) -> Parts:
     """The format's own rule."""
     return quantize(weight, fmt)
+
+
+def choose_affine_hqq(
+    tensor: Tensor,
+    nbits: float = 4,
+    group_size: int = 64,
+    optimize: bool = True,
+    axis: int = 1,
+    compute_dtype: torch.dtype = torch.float16,
+    device: str = "cuda",
+    verbose: bool = False,
+    raw_output: bool = False,
+    optimize_weights: Callable[..., Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, torch.Size]:
+    """HQQ of a matrix by our solver: codes 0 .. 2**nbits - 1, scale and zero for each group, and the shape.
+
+    Args:
+        tensor: (N, K). axis: 1, groups along K. raw_output: the zero in units of the code; else of the value, as tinygemm's.
+        device, verbose, optimize_weights: read and not used; it runs where the tensor is.
+    """
+    if axis != 1:
+        raise MisfitError(f"groups run along the last axis, axis=1, got axis={axis}: transpose the matrix.")
+    fmt = Format.parse(f"uint{int(nbits)}/1x{group_size}+fp32")
+    parts = hqq(tensor, fmt) if optimize else quantize(tensor, fmt)
+    assert parts.scale is not None and parts.zero_point is not None
+    middle = 2 ** (int(nbits) - 1)
+    zero = parts.zero_point if raw_output else (middle - parts.zero_point) * parts.scale
+    return parts.qdata, parts.scale.to(compute_dtype), zero.to(compute_dtype), tensor.shape
 
 
 # -- zeros in units of the value ----------------------------------------------------------------------------------------

@@ -148,6 +148,10 @@ def is_package_at_least(package_name: str, min_version: str) -> bool:
         return False
 
 
+def recommended_inductor_config_setter() -> None:
+    """Nothing: lowp sets no switch for the whole process. torch._inductor.config is yours."""
+
+
 def is_fbcode() -> bool:
     """Whether this is Meta's own build of torch: it is not."""
     return not hasattr(torch.version, "git_version")

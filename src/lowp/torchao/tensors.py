@@ -226,7 +226,8 @@ class IntxUnpackedToInt8Tensor(View):
         zero = None if zero is None else zero.reshape(shape)
         zero = zero.to(torch.float32) if kind == "fp32" and zero is not None else zero
         act = given["activation_quantization"]
-        tail = "" if act is None else "@int8/row+int8" if "asym" in str(act) else "@int8/row"
+        element_of_act = str(act).partition("_")[0]
+        tail = "" if act is None else f"@{element_of_act}/row{'+int8' if 'asym' in str(act) else ''}"
         parts = Parts(qdata=qdata, scale=scale.reshape(shape), zero_point=zero)
         return parts, fmt + tail, given["dtype"] or torch.bfloat16
 
@@ -245,7 +246,7 @@ class IntxUnpackedToInt8Tensor(View):
         """How the activation is quantized; None for weight-only."""
         if self.act_format is None:
             return None
-        return "int8_asym_per_token" if self.act_format.zero_point else "int8_sym_per_token"
+        return f"{self.act_format.element.name}_{'asym' if self.act_format.zero_point else 'sym'}_per_token"
 
     @classmethod
     def from_hp(
