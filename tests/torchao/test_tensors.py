@@ -118,27 +118,47 @@ def test_foreign_files_are_refused():
         flatten.unflatten_tensor_state_dict({}, {"w": "{", "tensor_names": '["w"]'})
 
 
-def test_a_cut_of_a_layout_for_one_kernel_writes_to_its_parent():
-    w = weight("Int4WeightOnlyConfig")
-    assert w.spec.layout == "int4pack_cpu"
+@pytest.mark.parametrize("layout", ["int4pack_cpu", "fragments"])
+def test_a_cut_that_a_layout_does_not_allow_writes_to_its_parent(layout):
+    w = weight("Int4WeightOnlyConfig").to_layout("plain").to_layout(layout)
     before = w.dequantize()
+    if layout == "fragments":
+        with pytest.warns(UserWarning, match="not in fragments"):
+            assert torch.equal(w.narrow(1, 0, 128).dequantize(), before[:, :128])
+        return
     with pytest.warns(UserWarning, match="lies in the layout plain now"):
         part = w.narrow(0, 0, 64)
     part.copy_(w.narrow(0, 64, 64))
     assert torch.equal(w.dequantize(), torch.cat((before[64:], before[64:])))
 
 
+def test_a_cut_of_an_alias_writes_to_the_parameter():
+    """How engines load shards: parameter.data, narrowed, written to."""
+    layer = nn.Linear(256, 128).bfloat16()
+    quantize_(layer, CONFIGS["Int4WeightOnlyConfig"]())
+    source, before = weight("Int4WeightOnlyConfig").to_layout("plain"), layer.weight.dequantize()
+    x = torch.randn(2, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)  # a forward pass leaves aliases behind, which are gone
+        with pytest.warns(UserWarning, match="lies in the layout plain now"):
+            layer.weight.data.detach().narrow(0, 64, 64).copy_(source.narrow(0, 0, 64))
+        expected = torch.cat((before[:64], source.dequantize()[:64]))
+        assert torch.equal(layer.weight.parts().qdata[64:], source.parts().qdata[:64])
+        assert torch.equal(layer.weight.dequantize(), expected) and layer.weight.spec.layout == "plain"
+        assert torch.allclose(layer(x), F.linear(x, expected, layer.bias), rtol=0.05, atol=0.05)
+
+
 @each_name
 def test_one_row_is_a_quantized_vector(name, device):
     w = weight(name, device=device)
-    if w.spec.layout != "plain":
-        w = w.to_layout("plain")
+    layout = w.spec.layout
     if w.format.wraps or (
         w.format.nested is not None and "scale_scale" in w.packed and w.packed["scale_scale"].numel() > 1
     ):
         return  # a scale of scales may run over several rows
     for index in (0, 5, -1):
         assert w[index].shape == (256,) and torch.equal(w[index].dequantize(), w.dequantize()[index])
+    assert w.spec.layout == layout, "reading a row leaves the weight where it lies"
     with pytest.raises(IndexError):
         w[128]
 

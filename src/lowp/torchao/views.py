@@ -8,20 +8,22 @@ What is stored is ours: a scheme, a layout, packed tensors. What is shown is com
 Setting one of the tensors (`w.qdata = ...`, as offloading does) reads all of them, exchanges one and stores the result in
 the layout "plain". A class of torchao is one subclass with `_shown`, `_stored` and the attributes that follow from the scheme.
 
-An operation that has to cut a tensor in a layout made for one kernel turns that tensor into the plain layout first, in place, so
-that writing to a slice still writes to its parent; that costs the fast kernel, and a warning says so.
+A cut that a layout made for one kernel does not allow turns the tensor into the plain layout first, and all its aliases with it
+(`param.data`, `detach()`), so that writing to a slice still writes to its parent; that costs the fast kernel, a warning says so.
+Aliases share a `_Memory` and follow it when they are next looked at.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..errors import MisfitError
+from ..errors import MisfitError, TensorRuleError
 from ..layouts import Spec, layout_of
 from ..numerics import ELEMENTS, Format, Parts, Scheme
 from ..numerics.bits import pack_bits, unpack_bits
@@ -40,6 +42,15 @@ _CUTTING = {
     aten.stack.default, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
 }  # fmt: skip
 
+_ALIASING = {aten.detach.default, aten.alias.default, aten.view_as.default, aten.lift_fresh.default}
+
+
+@dataclass
+class _Memory:
+    """What aliases share: where their numbers lie since they were laid out anew, or None while they were not."""
+
+    moved: tuple[dict[str, Tensor], Spec] | None = None
+
 
 class Shown:
     """A descriptor: one of torchao's tensors, or None where this weight does not have it."""
@@ -48,7 +59,10 @@ class Shown:
         self.name = name
 
     def __get__(self, view: Any, owner: Any = None) -> Any:
-        return self if view is None else view._shown().get(self.name)
+        if view is None:
+            return self
+        view._follow()
+        return view._shown().get(self.name)
 
     def __set__(self, view: Any, tensor: Tensor | None) -> None:
         view._exchange(self.name, tensor)
@@ -61,6 +75,7 @@ class View(QTensor, TorchAOBaseTensor):
     """
 
     _prefix = "_kept_"
+    _memory: _Memory | None = None  # shared with aliases, in a layout other than plain
     _arguments: ClassVar[tuple[str, ...]]
     tensor_data_names: ClassVar[list[str]]
     tensor_attribute_names: ClassVar[list[str]] = []
@@ -106,10 +121,12 @@ class View(QTensor, TorchAOBaseTensor):
 
     def dequantize(self, output_dtype: torch.dtype | None = None, *, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
         """The values as a plain tensor; `dtype` is our name of `output_dtype`."""
+        self._follow()
         return super().dequantize(output_dtype or dtype)
 
     def torchao_tensors(self) -> dict[str, Tensor]:
         """torchao's tensors that this weight has, in the order of its class."""
+        self._follow()
         shown = self._shown()
         names = (*self.tensor_data_names, *self.optional_tensor_data_names)
         return {name: shown[name] for name in names if shown.get(name) is not None}
@@ -143,17 +160,56 @@ class View(QTensor, TorchAOBaseTensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own = cls._ATEN_OP_TABLE.get(cls, {}).get(func)
+        for x in args[0] if args and isinstance(args[0], (list, tuple)) else args[:3]:
+            if isinstance(x, View):
+                x._follow()
         if own is not None:
             return own(func, types, args, kwargs or {})
-        if func in _CUTTING:
-            for tensor in args[0] if isinstance(args[0], (list, tuple)) else [args[0]]:
-                if isinstance(tensor, View):
-                    tensor._make_plain()
         if func is aten.select.int and isinstance(args[0], View):
             row = args[0]._row(*args[1:])
             if row is not None:
                 return row
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        try:
+            made = super().__torch_dispatch__(func, types, args, kwargs)
+        except (MisfitError, TensorRuleError):
+            given = args[0] if args and isinstance(args[0], (list, tuple)) else args[:1]
+            bound = [x for x in given if isinstance(x, View) and x.spec.layout != "plain" and not x.transposed]
+            if func not in _CUTTING or not bound:
+                raise
+            for x in bound:
+                x._make_plain()
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        if isinstance(made, View) and args and isinstance(args[0], View) and made.spec.layout != "plain":
+            args[0]._share_with(made, func)
+        return made
+
+    def _share_with(self, other: View, func: Any) -> None:
+        """Let an alias know when the memory of both is laid out anew."""
+        same = all(tensor is self.packed.get(name) for name, tensor in other.packed.items())
+        if other is not self and not other.transposed and (func in _ALIASING or same):
+            self._memory = other._memory = self._memory or _Memory()
+
+    def _follow(self) -> None:
+        """Lie where the memory that is shared lies now."""
+        memory = self._memory
+        if memory is not None and memory.moved is not None:
+            self._memory = None
+            self._restore(*memory.moved)
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        self._follow()
+        return super().packed
+
+    def parts(self) -> Parts:
+        """The unpacked parts, in the shape that was quantized."""
+        self._follow()
+        return super().parts()
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        self._follow()
+        return super().__tensor_flatten__()
 
     def _row(self, dim: int, index: int) -> Self | None:
         """One row of a matrix as a quantized vector; None where its blocks hold more rows than one."""
@@ -162,20 +218,21 @@ class View(QTensor, TorchAOBaseTensor):
             return None
         if "x" in self.format.block and not self.format.block.startswith("1x"):
             return None
-        one = self.narrow(0, index % size, 1)
+        one = self.to_layout("plain").narrow(0, index % size, 1)  # a read: the weight itself stays where it is
         packed = {name: tensor.select(0, 0) if tensor.dim() == 2 else tensor for name, tensor in one.packed.items()}
         return self.remade(packed, one.spec.with_shape(tuple(one.spec.shape[1:])))
 
     def _make_plain(self) -> None:
-        layout = layout_of(self.spec.layout)
-        if layout.cut is not None:
-            return
+        """Lie in the layout plain from now on, in place: what is cut from it is then a part of it."""
         warnings.warn(
-            f"{type(self).__name__} {tuple(self.shape)} was cut and lies in the layout plain now, not in {layout.name}: "
+            f"{type(self).__name__} {tuple(self.shape)} was cut and lies in the layout plain now, not in {self.spec.layout}: "
             "quantize after cutting to keep its kernel.",
             stacklevel=4,
         )
         plain = self.to_layout("plain")
+        if self._memory is not None:
+            self._memory.moved = (plain.packed, plain.spec)
+        self._memory = None
         self._restore(plain.packed, plain.spec)
 
     @classmethod
