@@ -332,6 +332,7 @@ def lacking(ours, theirs) -> list[str]:
 
 INSIDES = (
     "NF4Tensor.",
+    "AffineQuantizedMSEObserver.",
     "GGUFQuantizedTensor.from_float",
     "Int4OpaqueTensor.from_hp",
 )  # how torchao makes its own codes
