@@ -15,12 +15,13 @@ TORCH := torch==2.13.0
 bin := $(VENV)/bin
 ready := $(VENV)/.lowp-ready
 
-.PHONY: help env demo test lint format clean
+.PHONY: help env guests demo test lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    quantize the bundled model in every format, measure and generate'
 	@echo 'make test    ruff, mypy, and all tests that this machine can run'
+	@echo 'make guests  install torchao, peft and diffusers: `make test` then tries them too'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make format  let ruff mend what it can'
 	@echo 'make clean   remove .venv, caches and builds'
@@ -40,6 +41,10 @@ $(ready): pyproject.toml
 	@echo 'installing lowp and what it is developed with'
 	@$(bin)/python -m pip install -q -e '.[hf,cli,dev]'
 	@touch $@
+
+# Other projects' packages: with them `make test` runs the tests marked guest that fit one environment.
+guests: env
+	@$(bin)/python -m pip install -q 'torchao==0.18.0' 'peft>=0.18' 'diffusers>=0.36'
 
 demo: env
 	@$(bin)/python examples/demo.py

@@ -1,4 +1,4 @@
-"""Write the pages that follow from the tables: docs/formats.md and docs/kernels.md.
+"""Write the pages that follow from the tables: docs/formats.md, docs/kernels.md and docs/torchao.md.
 
 python docs/generate.py            a test checks that they are up to date
 """
@@ -11,6 +11,8 @@ from lowp.layouts import LAYOUTS
 from lowp.numerics import ELEMENTS, RULES, Scheme, known_formats
 from lowp.ops import Case, kernels_of
 from lowp.quantize import METHODS
+from lowp.torchao import names as torchao_names
+from lowp.torchao.config import CONFIG_ROWS, CONFIGS, scheme_of
 
 HERE = Path(__file__).parent
 SHAPE = (4096, 4096)
@@ -124,7 +126,54 @@ def _on_hopper() -> list[tuple[str, ...]]:
     return rows
 
 
-PAGES = {"formats.md": formats_page, "kernels.md": kernels_page}
+def torchao_page() -> str:
+    """What each configuration is here, then every name of torchao's."""
+    rows = torchao_names.table()
+    works = sum(row.works for row in rows)
+    configs = [
+        (f"`{row.name}`", f"`{scheme_of(CONFIGS[row.name]())}`", f"`{row.tensor(CONFIGS[row.name]())}`", row.about)
+        for row in CONFIG_ROWS
+    ]
+    named = sorted(rows, key=lambda row: (not row.works, row.modules[0], row.name))
+    cells = [
+        (
+            f"`{row.name}`",
+            _places(row),
+            f"`{row.ours.replace(':', '.')}`" if row.works else "",
+            "works" if row.works else "later",
+            row.note if row.works else f"lacks {row.note}",
+        )
+        for row in named
+    ]
+    return f"""# torchao's names
+
+Made by `docs/generate.py` from `src/lowp/torchao/names` and the rows of `src/lowp/torchao/config.py`.
+How to use them: [guide](guide.md#torchao).
+
+Of {len(rows)} public names of torchao 0.18 and before, {works} work. The others are answered by an ImportError that says
+what is missing.
+
+## Configurations
+
+By default, for a weight in bf16. Every scheme runs on every device, by a kernel of its own or by the reference; the report of
+`quantize_` says which.
+
+{table(("configuration", "scheme", "shown as", "for"), configs)}
+
+## Names
+
+`ours` is a file and an object in `src/lowp/torchao`.
+
+{table(("name", "in torchao.", "ours", "state", "differences"), cells)}
+"""
+
+
+def _places(row: torchao_names.Name) -> str:
+    first = "itself" if row.modules[0] == "." else f"`{row.modules[0]}`"
+    return first if len(row.modules) == 1 else f"{first} and {len(row.modules) - 1} more"
+
+
+PAGES = {"formats.md": formats_page, "kernels.md": kernels_page, "torchao.md": torchao_page}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():

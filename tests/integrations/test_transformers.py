@@ -71,3 +71,40 @@ def test_a_float_checkpoint_loads_too(llama):
 def test_no_tokenizer_is_said(llama):
     with pytest.raises(CheckpointError, match="tokenizer"):
         hf.tokenizer(llama)
+
+
+SMALL = str(Path(__file__).parents[2] / "examples" / "small_lm")
+SCHEMES = ["int8", "int8/row@int8/row", "int4/1x32*bf16", "int4/1x32*bf16+fp32", "e4m3/row@e4m3/row", "nvfp4", "mxfp8"]
+
+
+@pytest.mark.parametrize("rules", [*SCHEMES, {"*mlp*": "int8", "*self_attn*": "e4m3/row"}], ids=str)
+def test_quantized_while_loading(rules, tmp_path):
+    """The same numbers as lowp.quantize_, and a config.json that says torchao, never a name that nobody knows."""
+    import transformers
+
+    from lowp.integrations.transformers import LowpConfig
+
+    given = {"dtype": torch.bfloat16}
+    model = transformers.AutoModelForCausalLM.from_pretrained(SMALL, quantization_config=LowpConfig(rules), **given)
+    after = transformers.AutoModelForCausalLM.from_pretrained(SMALL, **given)
+    lowp.quantize_(after, {"lm_head": None, "*": rules} if isinstance(rules, str) else rules)
+    mine, expected = dict(model.named_parameters()), dict(after.named_parameters())
+    quantized = {name for name, p in mine.items() if isinstance(p, lowp.QTensor)}
+    assert quantized == {name for name, p in expected.items() if isinstance(p, lowp.QTensor)} != set()
+    assert all(torch.equal(mine[name].dequantize(), expected[name].dequantize()) for name in quantized)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written["quant_method"] == "torchao" and written["quant_type"]["default"]["_type"]
+
+
+def test_a_scheme_that_torchao_cannot_say_is_not_saved_as_one(tmp_path):
+    import transformers
+
+    from lowp.integrations.transformers import LowpConfig
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        SMALL, quantization_config=LowpConfig("int3/1x64*bf16+bf16", method="hqq"), dtype=torch.bfloat16
+    )
+    with pytest.raises(lowp.LowpError, match=r"save it with lowp\.save"):
+        model.save_pretrained(tmp_path)
+    assert lowp.save(model, tmp_path / "ours")

@@ -424,3 +424,19 @@ def test_no_break_in_the_graph(spelling):
     assert torch.equal(traced(x, fmt), expected[0])
     with torch.compiler.set_stance("fail_on_recompile"):  # one graph for any number of rows
         assert torch.equal(traced(x[:7], fmt), expected[1])
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS if fmt.nested and fmt.nested.element.kind == "float"], ids=str)
+def test_an_outer_scale_may_be_chosen_elsewhere(fmt):
+    x = sample(fmt, (64, 256))
+    alone = quantize(x, fmt)
+    again = quantize(x, fmt, outer=alone.scale_scale)
+    assert all(torch.equal(a, again.tensors()[name]) for name, a in alone.tensors().items() if a.element_size() > 1)
+    wider = quantize(x, fmt, outer=alone.scale_scale * 4)
+    assert (wider.scale_scale == alone.scale_scale * 4).all()
+    assert torch.allclose(dequantize(wider, fmt), dequantize(alone, fmt), rtol=0.3, atol=0.02)
+
+
+def test_only_float_scales_take_an_outer_scale():
+    with pytest.raises(MisfitError, match="only a float scale"):
+        quantize(torch.randn(64, 256), Format.parse("nf4/1x64*int8/1x256"), outer=torch.ones(()))

@@ -63,6 +63,26 @@ def test_linear_kernels_match_the_reference(kernel, scheme, dtype, device, poiso
         assert relative_error(linear_reference(x, q.packed, q.spec, b), y) <= q.format.tolerance(dtype)
 
 
+def off_by_8(tensor):
+    """The same tensor where memory mapped from a file may lie: 8 bytes past a boundary of 64."""
+    space = torch.empty(tensor.nbytes + 128, dtype=torch.uint8, device=tensor.device)
+    start = (8 - space.data_ptr()) % 64
+    moved = space[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+    return moved.copy_(tensor)
+
+
+@pytest.mark.parametrize(("kernel", "scheme"), LINEAR, ids=[f"{kernel.name}-{scheme}" for kernel, scheme in LINEAR])
+def test_linear_kernels_take_weights_that_lie_anywhere(kernel, scheme):
+    """On a CPU, where a checkpoint's tensors are views of a mapped file; elsewhere they are copied there."""
+    q, why_not = packed_for(kernel, scheme, torch.bfloat16, torch.device("cpu"))
+    if why_not or asked(kernel, CPU) is not CPU:
+        return
+    moved = {name: off_by_8(tensor) for name, tensor in q.packed.items()}
+    for batch in (1, 4, 33):
+        x = torch.randn(batch, K, dtype=torch.bfloat16)
+        assert torch.equal(kernel.run(x, moved, q.spec, None), kernel.run(x, q.packed, q.spec, None))
+
+
 @pytest.mark.parametrize(("kernel", "scheme"), LINEAR, ids=[f"{kernel.name}-{scheme}" for kernel, scheme in LINEAR])
 def test_linear_with_pre_scale_and_static_scale(kernel, scheme, device):
     act = Scheme.parse(scheme).act

@@ -12,7 +12,8 @@ import lowp
 from lowp.errors import KernelError, MisfitError, QuantizedError, SpellingError
 from lowp.numerics import PRESETS, Scheme, dequantize, quantize
 from lowp.numerics.compare import relative_error
-from lowp.quantize import quantize_weight
+from lowp.numerics.math import quantize_given
+from lowp.quantize import Method, quantize_weight
 from lowp.tensor import QTensor
 
 from .test_match import Model
@@ -150,3 +151,13 @@ def test_a_hugging_face_model_generates(scheme):
     lowp.quantize_(model, {"lm_head": None, "*": scheme})
     assert relative_error(expected, model(ids).logits) < 0.4
     assert model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 12)
+
+
+def test_a_method_of_your_own_chooses_the_numbers():
+    def halves(weight, fmt):
+        return quantize_given(weight, fmt, torch.full(fmt.scale_shape(tuple(weight.shape)), 0.5))
+
+    own = Method(name="halves", about="every scale is a half", run=halves, why_not=lambda fmt: "")
+    model = nn.Sequential(nn.Linear(64, 32))
+    lowp.quantize_(model, "int8/row", method=own)
+    assert (model[0].weight.parts().scale == 0.5).all()

@@ -197,6 +197,40 @@ def test_linear_matmul_embedding_and_gradient(q):
     check(F.embedding(ids, q), F.embedding(ids, weight))
 
 
+class Shown(QTensor):
+    """A subclass with a constructor of its own, that shows another tensor under the name of a packed one."""
+
+    _prefix = "_kept_"
+    qdata = "shown"
+
+    def __new__(cls, refused):
+        raise AssertionError("an operation does not call the constructor of a subclass")
+
+
+torch.serialization.add_safe_globals([Shown])
+
+
+@pytest.mark.parametrize("what", [*SAME, *VIEWS, "zeros_like", "save and load", "flatten"])
+def test_an_operation_keeps_the_class_of_its_operand(q, what):
+    def save_and_load(t):
+        file = io.BytesIO()
+        torch.save(t, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+
+    def flatten(t):
+        names, context = t.__tensor_flatten__()
+        inner = {name: getattr(t, name) for name in names}
+        return type(t).__tensor_unflatten__(inner, context, t.shape, t.stride())
+
+    more = {"zeros_like": torch.zeros_like, "save and load": save_and_load, "flatten": flatten}
+    operation = (SAME | VIEWS | more)[what]
+    made = operation(Shown.of(q.packed, q.spec, dtype=q.dtype))
+    assert type(made) is Shown or not isinstance(operation(q), QTensor)
+    check(made, operation(q).dequantize() if isinstance(operation(q), QTensor) else operation(q))
+    assert Shown.of(q.packed, q.spec, dtype=q.dtype).qdata == "shown"
+
+
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_without_gradients(q, mode):
     with mode():

@@ -3,6 +3,7 @@
     empty_model(directory)          parameters on the meta device, buffers that no checkpoint holds with their numbers
     sources(model, stored)          name in the model -> where it lies in the files
     tokenizer(directory)
+    LowpConfig(rules)               for from_pretrained(..., quantization_config=...); see `quantizer.py`
 
 Since version 5 a model's names may differ from its checkpoint's: experts that are stored one by one are one tensor (E, N, K) in
 the model. transformers' own conversion table says which; of it, renaming, stacking and concatenating by rows are followed here.
@@ -32,6 +33,15 @@ def _library() -> Any:
     except ImportError as error:
         raise LowpError(f"Hugging Face models want the package {error.name}: pip install 'lowp[hf]'.") from None
     return transformers
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LowpConfig":
+        _library()
+        from .quantizer import classes
+
+        return classes()[0]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def configuration(directory: str | os.PathLike[str]) -> Any:

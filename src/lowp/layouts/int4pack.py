@@ -92,6 +92,11 @@ def _unpack_codes(packed: Tensor, shape: tuple[int, ...], tiles: _Tiles) -> Tens
     return codes.unflatten(-1, (tiles.rows, tiles.columns)).transpose(1, 2).reshape(rows, columns)
 
 
+def codes_of_tinygemm(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The codes 0 to 15 (N, K) of tinygemm's tiles; packed: int32 on CUDA, as the layout "tinygemm" has it."""
+    return _unpack_codes(packed, shape, _CUDA)
+
+
 def _pack(parts: Parts, spec: Spec, tiles: _Tiles) -> Packed:
     scale = parts.scale
     assert scale is not None

@@ -127,14 +127,25 @@ def _store_nested(scale: Tensor, element: Element, second: _Second) -> _Stored:
     return _Stored(scale=codes, value=value.clamp(min=_TINY))
 
 
-def _second_level(scale: Tensor, fmt: Format, amax: Tensor | None) -> _Second | None:
-    """The scale (and zero point) of the scales, by the whole range of them; `amax` of the data's blocks where it is at hand."""
+def _second_level(scale: Tensor, fmt: Format, amax: Tensor | None, outer: Tensor | None = None) -> _Second | None:
+    """The scale (and zero point) of the scales, by the whole range of them; `amax` of the data's blocks where it is at hand.
+
+    outer: the scale of float scales, where somebody else chose it.
+    """
     nested = fmt.nested
     if nested is None:
         return None
     blocks = to_blocks(scale, nested.block_dims(tuple(scale.shape)))
     zero_point = None
-    if nested.element.kind == "float":
+    if outer is not None:
+        if nested.element.kind != "float":
+            raise MisfitError(f"{fmt}: only a float scale takes a scale of its own from elsewhere.")
+        outer = (
+            outer.to(torch.float32)
+            .expand(nested.scale_shape(tuple(scale.shape)))
+            .clamp(min=_TINY / nested.element.tiny)
+        )
+    elif nested.element.kind == "float":
         # NVFP4's amax / (448 * 6), from the data itself so that it is rounded once
         top, largest = (scale, 1.0) if amax is None else (amax, fmt.element.largest)
         tops = to_blocks(top.reshape(scale.shape), nested.block_dims(tuple(scale.shape)))
@@ -345,12 +356,20 @@ def _encode(grid: _Grid, blocks: Tensor, stochastic: bool, generator: torch.Gene
     return qdata
 
 
-def quantize(x: Tensor, fmt: Format, *, stochastic: bool = False, generator: torch.Generator | None = None) -> Parts:
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    *,
+    outer: Tensor | None = None,
+    stochastic: bool = False,
+    generator: torch.Generator | None = None,
+) -> Parts:
     """Quantize a tensor.
 
     Args:
         x: (..., N, K) or (K,), any float dtype.
         fmt: the format; its blocks must divide the shape.
+        outer: the scale of the scales where it is chosen elsewhere (NVFP4: one for the layers that are multiplied as one).
         stochastic: round up or down at random, unbiased (for gradients and low-precision master weights).
         generator: the source of randomness.
 
@@ -377,7 +396,7 @@ def quantize(x: Tensor, fmt: Format, *, stochastic: bool = False, generator: tor
     blocks = to_blocks(x.to(torch.float32).contiguous(), block).flatten(0, -4)
     scale, low = _base(fmt).choose(blocks, fmt)
     shape = fmt.scale_shape(tuple(x.shape))
-    second = _second_level(scale.reshape(shape), fmt, _amax(blocks) if fmt.nested else None)
+    second = _second_level(scale.reshape(shape), fmt, _amax(blocks) if fmt.nested else None, outer)
     if fmt.rule == "mse":
         scale, low = _mse(blocks, fmt, second)
     stored = _store(scale.reshape(shape), fmt, second)

@@ -20,7 +20,7 @@ from ..numerics.compare import relative_error
 from ..ops import device_of
 from ..tensor import QTensor
 from .match import PlanRow, Rules, Target, planned, table
-from .method import METHODS, method_of
+from .method import METHODS, Method, method_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,13 @@ class Report:
 
 
 def quantize_weight(
-    weight: Tensor, scheme: str, *, method: str = "absmax", name: str = "weight", kind: str = "linear"
+    weight: Tensor, scheme: str, *, method: str | Method = "absmax", name: str = "weight", kind: str = "linear"
 ) -> QTensor:
     """Quantize one weight, in the plain layout.
 
     Args:
         weight: (N, K), (E, N, K), or as `kind` has it ("conv": (O, C, ...), "conv1d": (K, N)); float.
-        scheme: spelling or preset. method: name of a method. name: for errors.
+        scheme: spelling or preset. method: name of a method, or one of your own. name: for errors.
 
     Raises:
         QuantizedError: it is quantized already. MisfitError: NaN or infinity, or blocks that do not divide the shape.
@@ -145,7 +145,7 @@ def quantize_(
     model: nn.Module,
     rules: Rules,
     *,
-    method: str = "absmax",
+    method: str | Method = "absmax",
     device: torch.device | str | None = None,
     strict: bool = False,
     on_misfit: str = "error",
@@ -154,7 +154,8 @@ def quantize_(
 
     Args:
         model: any nn.Module. rules: a scheme ("int4", "int8/row@int8/row"), or patterns with schemes; see `lowp.quantize.match`.
-        method: "absmax", "mse" or "hqq". device: move the model there, one weight at a time, quantizing on it.
+        method: "absmax", "mse", "hqq", or a Method of your own.
+        device: move the model there, one weight at a time, quantizing on it.
         strict: a layer that only a slow fallback kernel can run is a KernelError, before anything is changed.
         on_misfit: "error", or "skip" to keep a layer that cannot take its scheme, with the reason in the report.
 
@@ -192,7 +193,7 @@ def _refuse_fallbacks(rows: list[PlanRow]) -> None:
 
 
 def _carry_out(
-    model: nn.Module, target: Target, row: PlanRow, method: str, device: torch.device | str | None
+    model: nn.Module, target: Target, row: PlanRow, method: str | Method, device: torch.device | str | None
 ) -> ReportRow:
     before = target.weight.numel() * target.weight.element_size()
     after, error = before, 0.0

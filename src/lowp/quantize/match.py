@@ -30,7 +30,7 @@ from ..numerics import Scheme
 from ..ops import Case, best_layout
 from ..ops.registry import device_capability
 from ..tensor import QTensor
-from .method import method_of
+from .method import Method, method_of
 
 Predicate = Callable[[str, nn.Module], bool]
 Rules = str | Mapping[str | Predicate, str | None]
@@ -216,7 +216,7 @@ def plan(
     model: nn.Module,
     rules: Rules,
     *,
-    method: str = "absmax",
+    method: str | Method = "absmax",
     device: torch.device | str | None = None,
     on_misfit: str = "error",
 ) -> Plan:
@@ -224,7 +224,7 @@ def plan(
 
     Args:
         model: any nn.Module, also on the meta device. rules: a scheme, or patterns with schemes (see the top of this file).
-        method: name of a method. device: where the model will run; its own if absent.
+        method: name of a method, or one of your own. device: where the model will run; its own if absent.
         on_misfit: "error", or "skip" to leave a layer that cannot take its scheme as it is, with the reason in the plan.
 
     Raises:
@@ -238,7 +238,7 @@ def plan(
 
 
 def planned(
-    model: nn.Module, rules: Rules, *, method: str, device: torch.device | str | None, on_misfit: str
+    model: nn.Module, rules: Rules, *, method: str | Method, device: torch.device | str | None, on_misfit: str
 ) -> Iterator[tuple[Target, PlanRow]]:
     """The plan's rows with their targets."""
     if on_misfit not in ("error", "skip"):
@@ -251,7 +251,9 @@ def planned(
         yield target, _row(target, rule, method, device, on_misfit)
 
 
-def _row(target: Target, rule: _Rule | None, method: str, device: torch.device | str | None, on_misfit: str) -> PlanRow:
+def _row(
+    target: Target, rule: _Rule | None, method: str | Method, device: torch.device | str | None, on_misfit: str
+) -> PlanRow:
     if rule is None or rule.scheme is None:
         why = "no rule matches" if rule is None else f"rule {str(rule)!r} keeps it"
         return _plan_row(target, None, why)

@@ -53,8 +53,10 @@ def register(method: Method) -> None:
     METHODS[method.name] = method
 
 
-def method_of(name: str) -> Method:
-    """The method of that name, or a SpellingError that names the nearest."""
+def method_of(name: str | Method) -> Method:
+    """The method of that name, or a SpellingError that names the nearest; a method is its own answer."""
+    if isinstance(name, Method):
+        return name
     if name not in METHODS:
         raise SpellingError.of("method", name, METHODS)
     return METHODS[name]

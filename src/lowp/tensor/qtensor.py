@@ -16,7 +16,7 @@ Source of the mechanism: torch's wrapper subclasses, https://docs.pytorch.org/do
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from ..layouts import Spec, layout_of
 from ..layouts.base import Packed
 from ..numerics import Format, Parts, Scheme, dequantize, quantize
 from .sharding import from_gathered, to_gather
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
@@ -58,6 +61,8 @@ class QTensor(Tensor):
     is_lazy_view: bool  # the shape shown is not the one that was quantized: kernels then read it through floats
     shared_names: frozenset[str] = frozenset()  # of a view: packed tensors that belong to the rest of the parent too
     _names: tuple[str, ...]
+    # Before the names of packed tensors as attributes. A subclass that shows other tensors under those names sets it.
+    _prefix = ""
 
     @staticmethod
     def __new__(
@@ -80,7 +85,7 @@ class QTensor(Tensor):
         self.is_lazy_view = shown != (swapped(spec.shape) if transposed else spec.shape)
         self._names = tuple(packed)
         for name, tensor in packed.items():
-            setattr(self, name, tensor)
+            setattr(self, cls._prefix + name, tensor)
         return self
 
     # The arguments belong to __new__; nothing is left to do.
@@ -90,7 +95,7 @@ class QTensor(Tensor):
     # -- making one ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def quantize(cls, x: Tensor, scheme: str, *, layout: str = "plain") -> QTensor:
+    def quantize(cls, x: Tensor, scheme: str, *, layout: str = "plain") -> Self:
         """Quantize a float tensor by the format's own rule.
 
         Args:
@@ -103,10 +108,10 @@ class QTensor(Tensor):
         return cls.from_parts(quantize(x.detach(), parsed.weight), str(parsed), dtype=x.dtype).to_layout(layout)
 
     @classmethod
-    def from_parts(cls, parts: Parts, scheme: str, *, dtype: torch.dtype, layout: str = "plain") -> QTensor:
+    def from_parts(cls, parts: Parts, scheme: str, *, dtype: torch.dtype, layout: str = "plain") -> Self:
         """Wrap parts that were computed elsewhere (HQQ, GPTQ, a foreign checkpoint). dtype: the float dtype to stand for."""
         spec = Spec(scheme=str(Scheme.parse(scheme)), layout="plain", shape=tuple(parts.qdata.shape))
-        return cls(layout_of("plain").pack(parts, spec), spec, dtype=dtype).to_layout(layout)
+        return cls.of(layout_of("plain").pack(parts, spec), spec, dtype=dtype).to_layout(layout)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -123,7 +128,7 @@ class QTensor(Tensor):
     @property
     def packed(self) -> Packed:
         """The packed tensors by name."""
-        return {name: getattr(self, name) for name in self._names}
+        return {name: getattr(self, self._prefix + name) for name in self._names}
 
     @property
     def packed_nbytes(self) -> int:
@@ -143,7 +148,7 @@ class QTensor(Tensor):
 
     # -- changing what it is, never what it says ----------------------------------------------------------------------
 
-    def to_layout(self, layout: str) -> QTensor:
+    def to_layout(self, layout: str) -> Self:
         """The same numbers in another layout.
 
         Raises:
@@ -160,28 +165,56 @@ class QTensor(Tensor):
         spec = self.spec.with_layout(layout)
         return self.like(target.pack(self.parts(), spec), spec)
 
-    def like(self, packed: Packed, spec: Spec | None = None, *, dtype: torch.dtype | None = None) -> QTensor:
+    def like(self, packed: Packed, spec: Spec | None = None, *, dtype: torch.dtype | None = None) -> Self:
         """A QTensor of the same shape and view with other packed tensors."""
-        other = QTensor(
-            packed, spec or self.spec, dtype=dtype or self.dtype, shape=tuple(self.shape), transposed=self.transposed
-        )
+        shape = tuple(self.shape)
+        other = self.remade(packed, spec or self.spec, dtype=dtype, shape=shape, transposed=self.transposed)
         other.shared_names = self.shared_names
         return other
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> QTensor:
+    @classmethod
+    def of(
+        cls,
+        packed: Packed,
+        spec: Spec,
+        *,
+        dtype: torch.dtype,
+        shape: tuple[int, ...] | None = None,
+        transposed: bool = False,
+    ) -> Self:
+        """What the constructor of QTensor makes, as this class: a subclass may have a constructor of its own."""
+        return cast("Self", QTensor.__new__(cls, packed, spec, dtype=dtype, shape=shape, transposed=transposed))
+
+    def remade(
+        self,
+        packed: Packed,
+        spec: Spec,
+        *,
+        dtype: torch.dtype | None = None,
+        shape: tuple[int, ...] | None = None,
+        transposed: bool = False,
+    ) -> Self:
+        """A tensor of this class from other packed tensors: whatever an operation makes keeps the class of its operand."""
+        return type(self).of(packed, spec, dtype=dtype or self.dtype, shape=shape, transposed=transposed)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """A QTensor of the same shape, with `function` applied to each packed tensor."""
         return self.like({name: function(tensor) for name, tensor in self.packed.items()})
 
     # -- what torch asks ----------------------------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        return list(self._names), (self.spec.scheme, self.spec.layout, self.spec.shape, self.dtype, self.transposed)
+        names = [self._prefix + name for name in self._names]
+        return names, (self.spec.scheme, self.spec.layout, self.spec.shape, self.dtype, self.transposed)
 
-    @staticmethod
-    def __tensor_unflatten__(packed: Packed, context: tuple[Any, ...], outer_size: Any, outer_stride: Any) -> QTensor:
+    @classmethod
+    def __tensor_unflatten__(
+        cls, packed: Packed, context: tuple[Any, ...], outer_size: Any, outer_stride: Any
+    ) -> QTensor:
         scheme, layout, shape, dtype, transposed = context
         spec = Spec(scheme=scheme, layout=layout, shape=tuple(shape))
-        return QTensor(dict(packed), spec, dtype=dtype, shape=tuple(outer_size), transposed=transposed)
+        named = {name.removeprefix(cls._prefix): tensor for name, tensor in packed.items()}
+        return cls.of(named, spec, dtype=dtype, shape=tuple(outer_size), transposed=transposed)
 
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache on disk keys on: the metadata, not the numbers."""
@@ -211,23 +244,23 @@ class QTensor(Tensor):
         if out is not None:
             return None
         packed, spec, dtype = from_gathered(tuple(gathered), known, param_dtype)
-        return QTensor(packed, spec, dtype=dtype), tuple(gathered)
+        return self.remade(packed, spec, dtype=dtype), tuple(gathered)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         spec, is_parameter = self.spec, isinstance(self, nn.Parameter)
         metadata = (spec.scheme, spec.layout, spec.shape, self.dtype, tuple(self.shape), self.transposed, is_parameter)
-        return _rebuild, (self.packed, metadata)
+        return _rebuild, (self.packed, metadata, type(self))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         where = f"dtype={self.dtype}, device={self.device}, layout={self.spec.layout}"
-        return f"QTensor({self.spec.scheme}, shape={tuple(self.shape)}, {where})"
+        return f"{type(self).__name__}({self.spec.scheme}, shape={tuple(self.shape)}, {where})"
 
 
-def _rebuild(packed: Packed, metadata: tuple[Any, ...]) -> Tensor:
+def _rebuild(packed: Packed, metadata: tuple[Any, ...], kind: type[QTensor]) -> Tensor:
     """What torch.load calls: the one function to allow besides torch's own."""
     scheme, layout, base_shape, dtype, shape, transposed, is_parameter = metadata
     spec = Spec(scheme=scheme, layout=layout, shape=tuple(base_shape))
-    made = QTensor(dict(packed), spec, dtype=dtype, shape=tuple(shape), transposed=transposed)
+    made = kind.of(dict(packed), spec, dtype=dtype, shape=tuple(shape), transposed=transposed)
     return nn.Parameter(made, requires_grad=False) if is_parameter else made
 
 

@@ -155,7 +155,7 @@ def _narrow(x: QTensor, dim: int, start: int, stop: int) -> QTensor:
     shape = list(x.spec.shape)
     shape[axis] = stop - start
     packed = _cut("a slice", x.packed, x.spec, axis, start, stop)
-    view = QTensor(packed, x.spec.with_shape(tuple(shape)), dtype=x.dtype, transposed=x.transposed)
+    view = x.remade(packed, x.spec.with_shape(tuple(shape)), transposed=x.transposed)
     view.shared_names = x.shared_names | {
         name for name, tensor in packed.items() if tensor is x.packed[name] and name != "qdata"
     }
@@ -203,7 +203,7 @@ def _select(func: Any, args: Any, kwargs: Any) -> QTensor | Tensor:
     dim %= x.dim()
     packed = {name: tensor if _is_shared(name) else tensor.select(dim, index) for name, tensor in x.packed.items()}
     shape = x.spec.shape[:dim] + x.spec.shape[dim + 1 :]
-    return QTensor(packed, x.spec.with_shape(shape), dtype=x.dtype, transposed=x.transposed)
+    return x.remade(packed, x.spec.with_shape(shape), transposed=x.transposed)
 
 
 def _is_shared(name: str) -> bool:
@@ -220,7 +220,7 @@ def _is_shared(name: str) -> bool:
 def _transpose(func: Any, args: Any, kwargs: Any) -> QTensor:
     x, rank = args[0], args[0].dim()
     if func is aten.t.default and rank == 2 and not x.is_lazy_view:  # what every linear layer asks
-        return QTensor(x.packed, x.spec, dtype=x.dtype, transposed=not x.transposed)
+        return x.remade(x.packed, x.spec, transposed=not x.transposed)
     order = list(range(rank))
     if func is aten.permute.default:
         order = [dim % rank for dim in args[1]]
@@ -235,7 +235,7 @@ def _transpose(func: Any, args: Any, kwargs: Any) -> QTensor:
         raise TensorRuleError(
             f"{func} on {x!r}: only the last two axes can be swapped in place; call .dequantize() first."
         )
-    return QTensor(x.packed, x.spec, dtype=x.dtype, transposed=not x.transposed)
+    return x.remade(x.packed, x.spec, transposed=not x.transposed)
 
 
 @rule(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -252,15 +252,15 @@ def _reshape(x: QTensor, shape: Sequence[int]) -> QTensor:
             f"view {new} of {x!r}: a transposed quantized tensor cannot be viewed; call .dequantize() first."
         )
     if new == x.spec.shape:
-        return QTensor(x.packed, x.spec, dtype=x.dtype)
+        return x.remade(x.packed, x.spec)
     if not x.is_lazy_view and _has_cuts(x) and _rows_regroup(x.spec, new):
         rows = x.dim() - 2  # the axis of rows, or of units of them, in every packed tensor
         packed = {
             name: tensor if _is_shared(name) else tensor.view(*new[:-2], -1, *tensor.shape[rows + 1 :])
             for name, tensor in x.packed.items()
         }
-        return QTensor(packed, x.spec.with_shape(new), dtype=x.dtype)
-    return QTensor(x.packed, x.spec, dtype=x.dtype, shape=new)
+        return x.remade(packed, x.spec.with_shape(new))
+    return x.remade(x.packed, x.spec, shape=new)
 
 
 def _rows_regroup(spec: Spec, new: tuple[int, ...]) -> bool:
@@ -283,7 +283,7 @@ def _unsqueeze(func: Any, args: Any, kwargs: Any) -> QTensor:
     if dim <= x.dim() - 2 and not x.is_lazy_view and _has_cuts(x):
         packed = {name: tensor if _is_shared(name) else tensor.unsqueeze(dim) for name, tensor in x.packed.items()}
         shape = (*x.spec.shape[:dim], 1, *x.spec.shape[dim:])
-        return QTensor(packed, x.spec.with_shape(shape), dtype=x.dtype, transposed=x.transposed)
+        return x.remade(packed, x.spec.with_shape(shape), transposed=x.transposed)
     return _reshape(x, (*x.shape[:dim], 1, *x.shape[dim:]))
 
 
@@ -317,7 +317,7 @@ def _expand(func: Any, args: Any, kwargs: Any) -> QTensor:
         for name, tensor in x.packed.items()
     }
     shape = (*packed["qdata"].shape[:lead], *x.spec.shape[-2:])
-    return QTensor(packed, x.spec.with_shape(shape), dtype=x.dtype, transposed=x.transposed)
+    return x.remade(packed, x.spec.with_shape(shape), transposed=x.transposed)
 
 
 @rule(aten.as_strided.default)
@@ -353,7 +353,7 @@ def _cat(func: Any, args: Any, kwargs: Any) -> QTensor:
     spec = first.spec.with_shape(tuple(shape))
     for start, stop in itertools.pairwise(ends):  # what was put together where no cut may fall is not the whole
         _cut("cat", packed, spec, axis, start, stop)
-    return QTensor(packed, spec, dtype=first.dtype, transposed=first.transposed)
+    return first.remade(packed, spec, transposed=first.transposed)
 
 
 def _cat_one(name: str, tensors: list[Tensor], empty: Tensor, axis: int) -> Tensor:
@@ -404,7 +404,7 @@ def _new(func: Any, args: Any, kwargs: Any) -> QTensor:
     if code := _zero_code(x.format):
         bits = x.format.element.bits
         packed["qdata"].fill_(code if bits == 8 else code << 4 | code)
-    return QTensor(packed, Spec(scheme=x.spec.scheme, layout="plain", shape=shape), dtype=dtype)
+    return x.remade(packed, Spec(scheme=x.spec.scheme, layout="plain", shape=shape), dtype=dtype)
 
 
 def _zero_code(fmt: Format) -> int:

@@ -1,4 +1,8 @@
-"""int8 weight-only on the CPU: `torch._weight_int8pack_mm`, which reads int8 rows and one scale for each."""
+"""int8 weight-only on the CPU: `torch._weight_int8pack_mm`, which reads int8 rows and one scale for each.
+
+From 4 tokens on torch's product loads 16 bytes at a time from addresses that must be multiples of 16, and stops the process where
+they are not, as in a mapped file. Such a weight is copied for each product; put it elsewhere once (`.clone()`) to save that.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from ...ops.registry import Case, Kernel
 def int8pack_cpu(x_MK: Tensor, w_NK: Tensor, scale_N: Tensor) -> Tensor:
     """(M, K) times int8 (N, K).T, scaled -> (M, N). An operator of its own, because torch's wants the scale in x's dtype and
     torch.compile's lowering of it wants that scale in memory already."""
+    w_NK = w_NK if w_NK.data_ptr() % 16 == 0 else w_NK.clone()
     return torch._weight_int8pack_mm(x_MK, w_NK, scale_N.to(x_MK.dtype))
 
 

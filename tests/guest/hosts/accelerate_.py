@@ -1,0 +1,42 @@
+"""accelerate: quantized models dispatched with offloaded layers, and wrapped for training with adapters in them."""
+
+import sys
+import warnings
+
+import torch
+from accelerate import Accelerator, cpu_offload
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+from transformers import AutoModelForCausalLM, TorchAoConfig
+
+warnings.simplefilter("ignore")
+MODEL = sys.argv[1]
+ids = torch.arange(1, 9)[None]
+for name, config in {"int8": Int8WeightOnlyConfig(), "int8 dynamic": Int8DynamicActivationInt8WeightConfig()}.items():
+    quantization = TorchAoConfig(config)
+    plain = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16, quantization_config=quantization)
+    mapped = AutoModelForCausalLM.from_pretrained(
+        MODEL, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": "cpu"}
+    )
+    with torch.no_grad():
+        expected = plain(ids).logits
+        assert torch.equal(mapped(ids).logits, expected), name
+        offloaded = cpu_offload(mapped, execution_device=torch.device("cpu"))
+        assert torch.equal(offloaded(ids).logits, expected), name
+    print("ok", name, "dispatched")
+
+accelerator = Accelerator(cpu=True)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+quantize_(model, Int8DynamicActivationInt8WeightConfig(), lambda module, fqn: fqn == "1")
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+model, optimizer = accelerator.prepare(model, optimizer)
+x, target, losses = torch.randn(32, 64), torch.randn(32, 64), []
+for _ in range(20):
+    loss = (model(x) - target).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < 0.8 * losses[0], losses
+print("ok", "trained through a quantized layer")

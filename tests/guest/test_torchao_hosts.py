@@ -1,0 +1,43 @@
+"""Hosts that import torchao, unmodified, run on lowp through the redirect: each in a process of its own, with the real torchao
+installed beside it or not. The scripts in `hosts/` hold the checks; here: they end well, no module of the real one was loaded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+MODEL = HERE.parents[1] / "examples" / "small_lm"
+LAST = """
+strange = sorted(k for k, m in sys.modules.items() if k.split(".")[0] == "torchao" and not m.__name__.startswith("lowp."))
+assert not strange, strange
+"""
+
+
+def guest(requirement):
+    return [pytest.mark.guest(name) for name in requirement.split()]
+
+
+@pytest.mark.parametrize(
+    ("host", "cases"),
+    [
+        pytest.param("transformers_", 12, marks=guest("transformers>=5.0 accelerate>=1.10")),
+        pytest.param("peft_", 12, marks=guest("peft>=0.18 transformers>=5.0")),
+        pytest.param("diffusers_", 6, marks=guest("diffusers>=0.36 accelerate>=1.10")),
+        pytest.param("accelerate_", 3, marks=guest("accelerate>=1.10 transformers>=5.0")),
+    ],
+)
+def test_host(host, cases, tmp_path):
+    script = tmp_path / f"{host}.py"
+    script.write_text((HERE / "hosts" / f"{host}.py").read_text() + "\nimport sys\n" + LAST)
+    done = subprocess.run(
+        [sys.executable, "-m", "lowp.torchao", str(script), str(MODEL)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads than cores only wait for each other
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert sum(line.startswith("ok ") for line in done.stdout.splitlines()) == cases, done.stdout

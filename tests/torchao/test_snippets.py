@@ -1,0 +1,53 @@
+"""What torchao's README shows runs verbatim under the redirect, as far as lowp has the thing; each in one process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+MODEL = """
+import copy, torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 64)).bfloat16()
+floats, x = copy.deepcopy(model), torch.randn(8, 256, dtype=torch.bfloat16)
+"""
+LAST = """
+from torchao.quantization.utils import compute_error
+with torch.no_grad():
+    expected, got = floats(x).float(), model(x).float()
+print(compute_error(expected, got).item() > {least}, type(model[0].weight).__module__)
+"""
+INT4 = """
+from torchao.quantization import Int4WeightOnlyConfig, quantize_
+quantize_(model, Int4WeightOnlyConfig(
+    group_size=32, int4_packing_format="tile_packed_to_4d", int4_choose_qparams_algorithm="hqq"
+))
+"""
+FLOAT8 = """
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+"""
+OLD = """
+from torchao.quantization.quant_api import quantize_, int8_dynamic_activation_int4_weight
+quantize_(model, int8_dynamic_activation_int4_weight(group_size=32))
+"""
+BY_NAME = """
+from collections import OrderedDict
+from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+config = FqnToConfig(OrderedDict({"0": Int4WeightOnlyConfig(group_size=64), "re:1": Int8WeightOnlyConfig()}))
+quantize_(model, config, filter_fn=None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("snippet", "least"), [(INT4, 20), (FLOAT8, 25), (OLD, 17), (BY_NAME, 17)], ids=["int4", "float8", "old", "by name"]
+)
+def test_snippet(snippet, least, tmp_path):
+    script = tmp_path / "snippet.py"
+    script.write_text(MODEL + snippet + LAST.format(least=least))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "lowp.torchao", str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "torchao.quantization"], done.stdout
