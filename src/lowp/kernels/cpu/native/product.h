@@ -1,0 +1,453 @@
+// The products: `few` rows of x stream the weight once from memory; `many` decode a panel of it once and multiply it often.
+//
+//     few     a tile at a time; the sums of up to 8 rows of x stay in registers while its lines are decoded beside them
+//     many    a panel of tiles x 512 bytes of columns is decoded into the first cache; blocks of 5 rows of x pass over it
+//
+// Each number of the result is summed by one thread, in one order: the same for every number of threads.
+#pragma once
+#include <cstddef>
+
+#include "activation.h"
+
+namespace {
+
+using lowp::kColumns;
+using lowp::kSteps;
+using lowp::kTileColumns;
+using lowp::kTileRows;
+
+struct OfBytes {
+  static constexpr Dot dot = Dot::u8;
+  static constexpr int steps = 1;
+  using Sum = Lanes::I;
+  using Word = Lanes::W;
+  static Sum start(int32_t v) { return Lanes::spread(v); }
+  static Sum zero() { return Lanes::zero_i(); }
+  static Sum add(Sum sum, Word w, uint32_t x, bool wide) {
+    return Lanes::dot(sum, w, x, wide);
+  }
+  static Lanes::F value(Sum sum) { return Lanes::to_float(sum); }
+  static Word load(const uint8_t* p) { return Lanes::load(p); }
+  static void store(uint8_t* p, Word w) { Lanes::store(p, w); }
+};
+
+struct OfFloats {
+  static constexpr Dot dot = Dot::fp32;
+  static constexpr int steps = 4;
+  using Sum = Lanes::F;
+  using Word = Lanes::F;
+  static Sum start(int32_t) { return Lanes::zero_f(); }
+  static Sum zero() { return Lanes::zero_f(); }
+  static Sum add(Sum sum, Word w, uint32_t x, bool) {
+    return Lanes::fma(w, Lanes::spread(from_bits(static_cast<int32_t>(x))), sum);
+  }
+  static Lanes::F value(Sum sum) { return sum; }
+  static Word load(const uint8_t* p) { return Lanes::load_f(reinterpret_cast<const float*>(p)); }
+  static void store(uint8_t* p, Word w) { Lanes::store_f(reinterpret_cast<float*>(p), w); }
+};
+
+#ifdef __AVX512BF16__
+struct OfPairs {
+  static constexpr Dot dot = Dot::bf16;
+  static constexpr int steps = 2;
+  using Sum = Lanes::F;
+  using Word = Lanes::W;
+  static Sum start(int32_t) { return Lanes::zero_f(); }
+  static Sum zero() { return Lanes::zero_f(); }
+  static Sum add(Sum sum, Word w, uint32_t x, bool) {
+    return PairTables::dot(sum, w, x);
+  }
+  static Lanes::F value(Sum sum) { return sum; }
+  static Word load(const uint8_t* p) { return Lanes::load(p); }
+  static void store(uint8_t* p, Word w) { Lanes::store(p, w); }
+};
+#endif
+
+// -- scales -----------------------------------------------------------------------------------------------------------
+
+inline float one_scale(const void* p, Type type, int64_t i) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(p);
+  alignas(64) uint16_t half[16] = {};
+  alignas(64) float wide[16];
+  switch (type) {
+    case Type::fp32: return static_cast<const float*>(p)[i];
+    case Type::bf16: return from_bits(static_cast<int32_t>(static_cast<uint32_t>(static_cast<const uint16_t*>(p)[i]) << 16));
+    case Type::fp16:
+      half[0] = static_cast<const uint16_t*>(p)[i];
+      Lanes::store_f(wide, Lanes::load_fp16(half));
+      return wide[0];
+    case Type::e8m0: return bytes[i] == 255 ? from_bits(0x7FC00000) : from_bits(bytes[i] ? bytes[i] << 23 : 0x00400000);
+    case Type::e4m3: {
+      const int code = bytes[i] & 127;
+      if (code == 127) return from_bits(0x7FC00000);
+      const float size = code < 8 ? static_cast<float>(code) * 0.001953125f : from_bits((code << 20) + (120 << 23));  // 2^-9
+      return bytes[i] & 128 ? -size : size;
+    }
+    case Type::int8: return static_cast<const int8_t*>(p)[i];
+    case Type::uint8: return bytes[i];
+    case Type::int32: return static_cast<float>(static_cast<const int32_t*>(p)[i]);
+  }
+  return 0;
+}
+
+// 16 numbers from place i on.
+inline void sixteen(const void* p, Type type, int64_t i, float* out) {
+  if (type == Type::bf16)
+    Lanes::store_f(out, Lanes::load_bf16(static_cast<const uint16_t*>(p) + i));
+  else if (type == Type::fp16)
+    Lanes::store_f(out, Lanes::load_fp16(static_cast<const uint16_t*>(p) + i));
+  else if (type == Type::fp32)
+    Lanes::store_f(out, Lanes::load_f(static_cast<const float*>(p) + i));
+  else
+    for (int r = 0; r < 16; r++) out[r] = one_scale(p, type, i + r);
+}
+
+inline float nested(const Weight& w, float code, int64_t row, int64_t group, int64_t groups) {
+  const int64_t place = row / w.nest_rows * (groups / w.nest_columns) + group / w.nest_columns;
+  return stored((code - (w.scale_zero ? w.scale_zero[place] : 0.0f)) * w.scale_scale[place]);
+}
+
+// Scales (and zero points) of a tile for `count` segments from `first` on, as float32 [segment][16]; `by` goes into each scale.
+inline void read_scales(const Weight& w, int64_t tile, int64_t segment, int64_t first, int64_t count, int64_t stride, float by,
+                        float* scale, float* zero) {
+  const int64_t row = tile * kTileRows, rows = w.n - row < kTileRows ? w.n - row : kTileRows;
+  const int64_t groups = w.group > 0 ? w.k / w.group : 1;
+  for (int64_t s = 0; s < count; s++) {
+    float* to = scale + s * stride;
+    float* zero_to = zero + s * stride;
+    if (w.group <= 0) {
+      for (int64_t r = 0; r < kTileRows; r++) {
+        const int64_t place = w.group < 0 ? 0 : row + (r < rows ? r : rows - 1);
+        to[r] = s ? scale[r] : one_scale(w.scale, w.scale_type, place) * by;
+        if (w.zero) zero_to[r] = s ? zero[r] : one_scale(w.zero, w.zero_type, place);
+      }
+    } else {
+      const int64_t group = (first + s) * segment / w.group, place = (tile * groups + group) * kTileRows;
+      sixteen(w.scale, w.scale_type, place, to);
+      if (w.zero) sixteen(w.zero, w.zero_type, place, zero_to);
+      if (w.scale_scale)
+        for (int64_t r = 0; r < kTileRows; r++) to[r] = nested(w, to[r], row + (r < rows ? r : 0), group, groups);
+      if (by != 1.0f)
+        for (int64_t r = 0; r < kTileRows; r++) to[r] *= by;
+    }
+  }
+}
+
+inline float scale_factor(const Job& job) { return job.dot == Dot::u8 && !job.w.is_int ? 0.5f : 1.0f; }  // `halves`
+
+// -- results ----------------------------------------------------------------------------------------------------------
+
+// One token's 16 results of a tile: the parts of its splits added, what the zero point of x is due taken off, bias added.
+inline void write_tile(const Job& job, int64_t tile, int64_t token, const float* sums, int64_t stride) {
+  const int64_t row = tile * kTileRows, count = job.w.n - row < kTileRows ? job.w.n - row : kTileRows;
+  alignas(64) float values[16] = {};
+  for (int r = 0; r < 16; r++) values[r] = sums[r];
+  for (int s = 1; s < job.splits; s++)
+    for (int r = 0; r < 16; r++) values[r] += sums[s * stride + r];
+  for (int r = 0; r < 16; r++) {
+    const int64_t n = row + (r < count ? r : 0);
+    if (job.shift) values[r] -= job.shift[token] * job.w.row_sum[n];
+    if (job.bias) values[r] += one_scale(job.bias, job.bias_type, n);
+  }
+  const int size = job.out_type == Type::fp32 ? 4 : 2;
+  uint8_t* to = static_cast<uint8_t*>(job.out) + (token * job.out_stride + row) * size;
+  alignas(64) uint8_t whole[64];
+  uint8_t* at = count == kTileRows ? to : whole;
+  const Lanes::F v = Lanes::load_f(values);
+  if (job.out_type == Type::fp32)
+    Lanes::store_f(reinterpret_cast<float*>(at), v);
+  else if (job.out_type == Type::bf16)
+    Lanes::store_bf16(at, v);
+  else
+    Lanes::store_fp16(at, v);
+  if (at == whole) __builtin_memcpy(to, whole, static_cast<std::size_t>(count * size));
+}
+
+// -- decoded lines ----------------------------------------------------------------------------------------------------
+
+// Columns of one tile's rows, a multiple of 32, into lines [column / 4 * steps + step], `stride` bytes apart.
+template <class Of, class Unpack>
+void unpack_columns(const Weight& w, const uint8_t* codes_at, int64_t columns, uint8_t* lines, int64_t stride) {
+  const Unpack unpack(w);
+  for (int64_t k = 0; k < columns; k += kTileColumns) {
+    unroll<0, 8>([&](auto q) LOWP_INLINE {
+      unpack.template quad<q.value>(codes_at, [&](auto step, typename Of::Word word) LOWP_INLINE {
+        Of::store(lines + (q.value * Of::steps + step.value) * stride, word);
+      });
+    });
+    codes_at += 64 * Unpack::bits;
+    lines += 8 * Of::steps * stride;
+  }
+}
+
+using UnpackColumns = void (*)(const Weight&, const uint8_t*, int64_t, uint8_t*, int64_t);
+
+inline int64_t columns_at_once(const Job& job) {
+  return kColumns[static_cast<int>(job.dot)] / job.segment * job.segment;
+}
+
+// A block of R rows times T tiles, over some segments: the sums (R, 16 T) in `total` grow.
+template <class Of, int R, int T>
+void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t segments, const uint8_t* lines, const float* scales,
+                       const float* zeros, float* total) {
+  constexpr int Chains = R * T == 1 ? 4 : R * T == 2 ? 2 : 1;  // sums of their own where one would wait for itself
+  const bool wide = job.w.bits == 8;
+  const uint32_t* words = job.words + block * job.block_words() + first * job.segment / 4 * Of::steps * R;
+  for (int64_t s = 0; s < segments; s++) {
+    const int64_t place = (block * job.segments + first + s) * R;
+    typename Of::Sum sums[R][T][Chains];
+    unroll<0, R>([&](auto r) LOWP_INLINE {
+      unroll<0, T>([&](auto t) LOWP_INLINE {
+        sums[r.value][t.value][0] = Of::start(job.start[place + r.value]);
+        unroll<1, Chains>([&](auto c) LOWP_INLINE { sums[r.value][t.value][c.value] = Of::zero(); });
+      });
+    });
+    const int64_t begin = (first + s) * job.segment;
+    const int64_t columns = job.w.k - begin < job.segment ? job.w.k - begin : job.segment;
+    for (int64_t i = 0; i < columns / 4 * Of::steps; i += 4) {
+      unroll<0, 4>([&](auto u) LOWP_INLINE {
+        typename Of::Word w[T];
+        unroll<0, T>([&](auto t) LOWP_INLINE { w[t.value] = Of::load(lines + (u.value * T + t.value) * 64); });
+        unroll<0, R>([&](auto r) LOWP_INLINE {
+          const uint32_t x = words[u.value * R + r.value];
+          unroll<0, T>([&](auto t) LOWP_INLINE {
+            auto& sum = sums[r.value][t.value][u.value % Chains];
+            sum = Of::add(sum, w[t.value], x, wide);
+          });
+        });
+      });
+      lines += 4 * T * 64;
+      words += 4 * R;
+    }
+    unroll<0, T>([&](auto t) LOWP_INLINE {
+      const Lanes::F scale = Lanes::load_f(scales + (s * T + t.value) * 16);
+      unroll<0, R>([&](auto r) LOWP_INLINE {
+        typename Of::Sum sum = sums[r.value][t.value][0];
+        unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[r.value][t.value][c.value]); });
+        Lanes::F value = Of::value(sum);
+        if (job.w.zero)
+          value = Lanes::fnma(Lanes::load_f(zeros + (s * T + t.value) * 16), Lanes::spread(job.xsum[place + r.value]), value);
+        if constexpr (Of::dot == Dot::u8) value = Lanes::mul(value, Lanes::spread(job.xscale[place + r.value]));
+        float* to = total + (r.value * T + t.value) * 16;
+        Lanes::store_f(to, Lanes::fma(value, scale, Lanes::load_f(to)));
+      });
+    });
+  }
+}
+
+// -- few rows ---------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMostSegments = 32;   // of 16 columns in 512
+constexpr int64_t kScalesAtOnce = 32;   // segments
+constexpr int64_t kAhead = 8192;        // bytes that the weight is fetched ahead of its use
+
+template <class Of, int R>
+void few_by_lines(const Job& job, UnpackColumns unpack, int64_t first_tile, int64_t last_tile) {
+  const Weight& w = job.w;
+  alignas(64) uint8_t lines[512 * 16];
+  alignas(64) float scales[kMostSegments * 16], zeros[kMostSegments * 16], total[R * 16];
+  const int64_t columns = columns_at_once(job), per = columns / job.segment;
+  for (int64_t tile = first_tile; tile < last_tile; tile++) {
+    for (float& sum : total) sum = 0;
+    for (int64_t s = 0; s < job.segments; s += per) {
+      const int64_t from = s * job.segment, left = job.segments - s, segments = left < per ? left : per;
+      const uint8_t* codes_at = w.codes + tile * w.tile_bytes() + from / kTileColumns * 64 * w.bits;
+      const int64_t count = from + columns < w.k ? columns : w.k - from;
+      for (int64_t i = 0; i < count / kTileColumns * 64 * w.bits; i += 64) Lanes::prefetch(codes_at + kAhead + i);
+      unpack(w, codes_at, count, lines, 64);
+      read_scales(w, tile, job.segment, s, segments, 16, scale_factor(job), scales, zeros);
+      block_times_lines<Of, R, 1>(job, 0, s, segments, lines, scales, zeros, total);
+    }
+    for (int64_t t = 0; t < job.tokens; t++) write_tile(job, tile, t, total + t * job.splits * 16, 16);
+  }
+}
+
+// One or two rows, decoded in registers: nothing but the weight goes through memory.
+template <class Of, class Unpack, int R>
+void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
+  constexpr int Chains = R == 1 ? 4 : 2;
+  constexpr int tile_words = 8 * Of::steps * R;  // of x for 32 columns
+  const Weight& w = job.w;
+  const Unpack unpack(w);
+  alignas(64) float scales[kScalesAtOnce * 16], zeros[kScalesAtOnce * 16], out[R * 16];
+  for (int64_t tile = first_tile; tile < last_tile; tile++) {
+    const uint8_t* codes_at = w.codes + tile * w.tile_bytes();
+    const uint32_t* words = job.words;
+    Lanes::F total[R];
+    unroll<0, R>([&](auto r) LOWP_INLINE { total[r.value] = Lanes::zero_f(); });
+    for (int64_t s = 0; s < job.segments; s++) {
+      const int64_t slot = s % kScalesAtOnce, left = job.segments - s;
+      if (slot == 0)
+        read_scales(w, tile, job.segment, s, left < kScalesAtOnce ? left : kScalesAtOnce, 16, scale_factor(job), scales, zeros);
+      typename Of::Sum sums[R][Chains];
+      unroll<0, R>([&](auto r) LOWP_INLINE {
+        unroll<1, Chains>([&](auto c) LOWP_INLINE { sums[r.value][c.value] = Of::zero(); });
+        sums[r.value][0] = Of::start(job.start[s * R + r.value]);
+      });
+      const int64_t columns = w.k - s * job.segment < job.segment ? w.k - s * job.segment : job.segment;
+      for (int64_t i = 0; i < columns; i += kTileColumns) {
+        unroll<0, Unpack::bits>([&](auto line) LOWP_INLINE { Lanes::prefetch(codes_at + kAhead + 64 * line.value); });
+        unroll<0, 8>([&](auto q) LOWP_INLINE {
+          unpack.template quad<q.value>(codes_at, [&](auto step, typename Of::Word word) LOWP_INLINE {
+            constexpr int at = q.value * Of::steps + step.value;
+            unroll<0, R>([&](auto r) LOWP_INLINE {
+              auto& sum = sums[r.value][at % Chains];
+              sum = Of::add(sum, word, words[at * R + r.value], Unpack::bits == 8);
+            });
+          });
+        });
+        codes_at += 64 * Unpack::bits;
+        words += tile_words;
+      }
+      const Lanes::F scale = Lanes::load_f(scales + 16 * slot);
+      unroll<0, R>([&](auto r) LOWP_INLINE {
+        typename Of::Sum sum = sums[r.value][0];
+        unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[r.value][c.value]); });
+        Lanes::F value = Of::value(sum);
+        const int64_t place = s * R + r.value;
+        if (w.zero) value = Lanes::fnma(Lanes::load_f(zeros + 16 * slot), Lanes::spread(job.xsum[place]), value);
+        if constexpr (Of::dot == Dot::u8) value = Lanes::mul(value, Lanes::spread(job.xscale[place]));
+        total[r.value] = Lanes::fma(value, scale, total[r.value]);
+      });
+    }
+    unroll<0, R>([&](auto r) LOWP_INLINE { Lanes::store_f(out + 16 * r.value, total[r.value]); });
+    for (int64_t t = 0; t < job.tokens; t++) write_tile(job, tile, t, out + t * job.splits * 16, 16);
+  }
+}
+
+// -- many rows --------------------------------------------------------------------------------------------------------
+
+// Blocks of rows that a decoded panel serves, whose sums stay in the second cache: 300 rows, in 1, 2 or 3 of which a token is whole.
+constexpr int64_t kBlocksAtOnce = 60;
+constexpr int64_t kPanelRows = Lanes::kPanel * kTileRows;
+constexpr int64_t kLineBytes = 512 * kPanelRows;
+
+inline int64_t scratch_bytes(const Job& job) {
+  const int64_t blocks = job.blocks() < kBlocksAtOnce ? job.blocks() : kBlocksAtOnce;
+  return kLineBytes + 2 * kMostSegments * kPanelRows * 4 + blocks * lowp::kBlock * kPanelRows * 4;
+}
+
+// Columns [from, to) of a panel, and its scales.
+inline void open_panel(const Job& job, UnpackColumns unpack, int64_t panel, int64_t first, int64_t segments, uint8_t* lines,
+                       float* scales, float* zeros) {
+  const Weight& w = job.w;
+  const int64_t from = first * job.segment, past = from + segments * job.segment, to = past < w.k ? past : w.k;
+  for (int t = 0; t < Lanes::kPanel; t++) {
+    const int64_t tile = panel * Lanes::kPanel + t < w.tiles() ? panel * Lanes::kPanel + t : w.tiles() - 1;  // the last again
+    const uint8_t* codes_at = w.codes + tile * w.tile_bytes() + from / kTileColumns * 64 * w.bits;
+    unpack(w, codes_at, to - from, lines + 64 * t, 64 * Lanes::kPanel);
+    read_scales(w, tile, job.segment, first, segments, kPanelRows, scale_factor(job), scales + 16 * t, zeros + 16 * t);
+  }
+}
+
+template <class Of>
+void many_rows(const Job& job, UnpackColumns unpack, int64_t first_panel, int64_t last_panel, void* scratch) {
+  constexpr int64_t block_numbers = lowp::kBlock * kPanelRows;
+  const int64_t per = columns_at_once(job) / job.segment, rows = job.tokens * job.splits;
+  uint8_t* lines = static_cast<uint8_t*>(scratch);
+  float* scales = reinterpret_cast<float*>(lines + kLineBytes);
+  float* zeros = scales + kMostSegments * kPanelRows;
+  float* totals = zeros + kMostSegments * kPanelRows;
+  for (int64_t panel = first_panel; panel < last_panel; panel++) {
+    for (int64_t block0 = 0; block0 < job.blocks(); block0 += kBlocksAtOnce) {
+      const int64_t blocks = job.blocks() - block0 < kBlocksAtOnce ? job.blocks() - block0 : kBlocksAtOnce;
+      for (int64_t i = 0; i < blocks * block_numbers; i++) totals[i] = 0;
+      for (int64_t s = 0; s < job.segments; s += per) {
+        const int64_t segments = job.segments - s < per ? job.segments - s : per;
+        open_panel(job, unpack, panel, s, segments, lines, scales, zeros);
+        for (int64_t b = 0; b < blocks; b++)
+          block_times_lines<Of, lowp::kBlock, Lanes::kPanel>(job, block0 + b, s, segments, lines, scales, zeros, totals + b * block_numbers);
+      }
+      const int64_t row0 = block0 * lowp::kBlock, past = row0 + blocks * lowp::kBlock;
+      const int64_t first_token = (row0 + job.splits - 1) / job.splits;
+      for (int64_t token = first_token; token * job.splits < past && token * job.splits < rows; token++)
+        for (int t = 0; t < Lanes::kPanel && panel * Lanes::kPanel + t < job.w.tiles(); t++)
+          write_tile(job, panel * Lanes::kPanel + t, token, totals + (token * job.splits - row0) * kPanelRows + 16 * t, kPanelRows);
+    }
+  }
+}
+
+// -- which one --------------------------------------------------------------------------------------------------------
+
+using Few = void (*)(const Job&, int64_t, int64_t);
+
+// How a job's columns are decoded: into lines, and in registers for one and for two rows (null: by lines).
+struct Ways {
+  UnpackColumns columns;
+  Few one, two;
+};
+
+template <class Of, class ToLines, class InRegisters = ToLines>
+Ways ways() {
+  if constexpr (Of::dot == Dot::fp32)
+    return {unpack_columns<Of, ToLines>, nullptr, nullptr};
+  else
+    return {unpack_columns<Of, ToLines>, few_in_registers<Of, InRegisters, 1>, few_in_registers<Of, InRegisters, 2>};
+}
+
+template <int Bits>
+Ways ways_of(const Job& job) {
+  const bool is_int = job.w.is_int;
+  if (job.dot == Dot::u8) {
+    if constexpr (Bits == 4)
+      if (!is_int) return ways<OfBytes, UnpackHalves>();
+    return ways<OfBytes, UnpackU8<Bits>>();
+  }
+#ifdef __AVX512BF16__
+  if (job.dot == Dot::bf16) {
+    if constexpr (Bits == 8)
+      if (!is_int) return ways<OfPairs, UnpackFloat8>();
+    if constexpr (Bits >= 7) return ways<OfPairs, UnpackConverted<Bits>, UnpackTwoPairs<Bits>>();
+    if constexpr (Bits < 7) return ways<OfPairs, UnpackPairs<Bits>>();
+  }
+#endif
+  return is_int ? ways<OfFloats, UnpackInts<Bits>>() : ways<OfFloats, UnpackTable<Bits>>();
+}
+
+inline Ways ways_of(const Job& job) {
+  static constexpr Ways (*by_bits[])(const Job&) = {ways_of<1>, ways_of<2>, ways_of<3>, ways_of<4>,
+                                                    ways_of<5>, ways_of<6>, ways_of<7>, ways_of<8>};
+  return by_bits[job.w.bits - 1](job);
+}
+
+template <class Of>
+void few_of(const Job& job, int64_t first, int64_t last) {
+  const Ways way = ways_of(job);
+  const Few fused = job.segment < kTileColumns ? nullptr : job.block == 1 ? way.one : job.block == 2 ? way.two : nullptr;
+  if (fused) return fused(job, first, last);
+  switch (job.block) {
+    case 1: return few_by_lines<Of, 1>(job, way.columns, first, last);
+    case 2: return few_by_lines<Of, 2>(job, way.columns, first, last);
+    case 4: return few_by_lines<Of, 4>(job, way.columns, first, last);
+    default: return few_by_lines<Of, 8>(job, way.columns, first, last);
+  }
+}
+
+void run_few(const Job& job, int64_t first, int64_t last) {
+  if (job.dot == Dot::u8) return few_of<OfBytes>(job, first, last);
+#ifdef __AVX512BF16__
+  if (job.dot == Dot::bf16) return few_of<OfPairs>(job, first, last);
+#endif
+  few_of<OfFloats>(job, first, last);
+}
+
+void run_many(const Job& job, int64_t first, int64_t last, void* scratch) {
+  const UnpackColumns unpack = ways_of(job).columns;
+  if (job.dot == Dot::u8) return many_rows<OfBytes>(job, unpack, first, last, scratch);
+#ifdef __AVX512BF16__
+  if (job.dot == Dot::bf16) return many_rows<OfPairs>(job, unpack, first, last, scratch);
+#endif
+  many_rows<OfFloats>(job, unpack, first, last, scratch);
+}
+
+void run_pack(const Job& job, const Activation& a, int64_t block) {
+  switch (job.block) {
+    case 1: return pack_block<1>(job, a, block);
+    case 2: return pack_block<2>(job, a, block);
+    case 4: return pack_block<4>(job, a, block);
+    case 8: return pack_block<8>(job, a, block);
+    default: return pack_block<lowp::kBlock>(job, a, block);
+  }
+}
+
+}  // namespace
