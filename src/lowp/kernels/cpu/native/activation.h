@@ -117,10 +117,11 @@ inline void quantize_row(const Job& job, const Activation& a, int64_t row, int r
       const int32_t sum = quantize(x, count, grid, a.asymmetric, q);
       for (int64_t i = 0; i < count / 4; i++) __builtin_memcpy(&words[(at / 4 + i) * R + r], q + 4 * i, 4);
       const int64_t place = (at_block * job.segments + s) * R + r;
-      job.xscale[place] = grid.scale;
+      if (job.xscale) job.xscale[place] = grid.scale;
       job.start[place] = static_cast<int32_t>(-offset * sum);
       job.xsum[place] = static_cast<float>(sum);
     }
+    if (job.token_scale) job.token_scale[row] = grid.scale;
     if (a.asymmetric) job.shift[row] = static_cast<float>(grid.zero) * grid.scale;
   }
 }
@@ -175,7 +176,8 @@ void pack_block(const Job& job, const Activation& a, int64_t block) {
       for (int64_t i = 0; i < job.block_words() / R; i++) words[i * R + r] = 0;
       for (int64_t s = 0; s < job.segments; s++) {
         const int64_t place = (block * job.segments + s) * R + r;
-        job.xscale[place] = job.xsum[place] = 0;
+        if (job.xscale) job.xscale[place] = 0;
+        job.xsum[place] = 0;
         job.start[place] = 0;
       }
     } else if (job.dot == Dot::u8) {

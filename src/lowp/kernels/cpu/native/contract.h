@@ -68,7 +68,8 @@ struct Job {
   float* xscale = nullptr;
   int32_t* start = nullptr;  // what sums of integers begin with: -offset * sum of x
   float* xsum = nullptr;
-  float* shift = nullptr;    // (rows,) zero point * scale of a token
+  float* token_scale = nullptr;  // (tokens,) where a token has one scale; xscale is null then
+  float* shift = nullptr;        // (tokens,) zero point * scale
   int64_t blocks() const { return (tokens * splits + block - 1) / block; }
   int64_t block_words() const { return w.k / 4 * kSteps[static_cast<int>(dot)] * block; }
 

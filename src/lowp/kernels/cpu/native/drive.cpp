@@ -91,12 +91,13 @@ void lay_out(Job& job) {
   const int64_t words = job.blocks() * job.block_words(), numbers = job.blocks() * job.segments * job.block;
   const int64_t gap = 16;  // numbers; each array begins at 64 bytes
   auto whole = [=](int64_t n) { return (n + gap - 1) / gap * gap; };
-  uint32_t* at = static_cast<uint32_t*>(packed.of(4 * (whole(words) + 3 * whole(numbers) + whole(job.tokens))));
+  uint32_t* at = static_cast<uint32_t*>(packed.of(4 * (whole(words) + 3 * whole(numbers) + 2 * whole(job.tokens))));
   job.words = at;
   job.xscale = reinterpret_cast<float*>(at + whole(words));
   job.start = reinterpret_cast<int32_t*>(job.xscale + whole(numbers));
   job.xsum = reinterpret_cast<float*>(job.start + whole(numbers));
   job.shift = job.xsum + whole(numbers);
+  job.token_scale = job.shift + whole(job.tokens);
 }
 
 }  // namespace
@@ -123,6 +124,8 @@ void linear(const Weight& w, const Activation& a, const Result& y, Parallel para
   job.segments = (w.k + job.segment - 1) / job.segment;
   lay_out(job);
   if (!a.asymmetric) job.shift = nullptr;
+  if (!a.quantized || a.group) job.token_scale = nullptr;
+  if (!a.quantized || !a.group) job.xscale = nullptr;
   job.out = y.y;
   job.out_type = y.type;
   job.out_stride = y.stride;

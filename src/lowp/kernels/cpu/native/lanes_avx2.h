@@ -124,7 +124,8 @@ struct Lanes {
     __m256i packed = _mm256_packus_epi32(round_bf16(v.a), round_bf16(v.b));  // within halves of 128 bits
     _mm256_storeu_si256(static_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
   }
-  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+  // Always inlined: GCC takes a function that only prefetches for one without effect, and drops the call.
+  __attribute__((always_inline)) static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
 }  // namespace

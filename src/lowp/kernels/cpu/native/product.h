@@ -90,46 +90,82 @@ inline float one_scale(const void* p, Type type, int64_t i) {
   return 0;
 }
 
-// 16 numbers from place i on.
-inline void sixteen(const void* p, Type type, int64_t i, float* out) {
-  if (type == Type::bf16)
-    Lanes::store_f(out, Lanes::load_bf16(static_cast<const uint16_t*>(p) + i));
-  else if (type == Type::fp16)
-    Lanes::store_f(out, Lanes::load_fp16(static_cast<const uint16_t*>(p) + i));
-  else if (type == Type::fp32)
-    Lanes::store_f(out, Lanes::load_f(static_cast<const float*>(p) + i));
-  else
-    for (int r = 0; r < 16; r++) out[r] = one_scale(p, type, i + r);
+// `count` numbers from place i on, a multiple of 16, as float32.
+inline void read_run(const void* p, Type type, int64_t i, int64_t count, float* out) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(p) + i;
+  const uint16_t* halves = static_cast<const uint16_t*>(p) + i;
+  if (type == Type::bf16) {
+    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::load_bf16(halves + r));
+  } else if (type == Type::fp16) {
+    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::load_fp16(halves + r));
+  } else if (type == Type::fp32) {
+    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::load_f(static_cast<const float*>(p) + i + r));
+  } else if (type == Type::e8m0) {
+    for (int64_t r = 0; r < count; r++) {
+      const int32_t code = bytes[r], bits = code == 255 ? 0x7FC00000 : code << 23;
+      out[r] = from_bits(code ? bits : 0x00400000);
+    }
+  } else if (type == Type::e4m3) {  // by way of fp16, which has a bit of exponent more: 2^8 times too small
+    alignas(64) uint16_t half[512];
+    for (int64_t r = 0; r < count; r++) {
+      const int size = bytes[r] & 127, sign = (bytes[r] & 128) << 8;
+      half[r] = static_cast<uint16_t>(sign | (size == 127 ? 0x7E00 : size << 7));
+    }
+    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::mul(Lanes::load_fp16(half + r), Lanes::spread(256.0f)));
+  } else if (type == Type::int8) {
+    for (int64_t r = 0; r < count; r++) out[r] = static_cast<const int8_t*>(p)[i + r];
+  } else if (type == Type::uint8) {
+    for (int64_t r = 0; r < count; r++) out[r] = bytes[r];
+  } else {
+    for (int64_t r = 0; r < count; r++) out[r] = static_cast<float>(static_cast<const int32_t*>(p)[i + r]);
+  }
 }
 
-inline float nested(const Weight& w, float code, int64_t row, int64_t group, int64_t groups) {
-  const int64_t place = row / w.nest_rows * (groups / w.nest_columns) + group / w.nest_columns;
-  return stored((code - (w.scale_zero ? w.scale_zero[place] : 0.0f)) * w.scale_scale[place]);
+// Scales that are codes themselves: (code - zero) * scale of their block, never below the smallest normal number.
+inline void read_nested(const Weight& w, int64_t row, int64_t rows, int64_t group, int64_t count, float* scale) {
+  const int64_t columns = w.k / w.group / w.nest_columns;
+  alignas(64) float by[16], less[16];
+  int64_t left = 0;  // groups until the next block
+  for (int64_t g = 0; g < count; g++, left--) {
+    if (left == 0 || g == 0) {
+      left = w.nest_columns - (group + g) % w.nest_columns;
+      for (int64_t r = 0; r < kTileRows; r++) {
+        const int64_t place = (row + (r < rows ? r : 0)) / w.nest_rows * columns + (group + g) / w.nest_columns;
+        by[r] = w.scale_scale[place];
+        less[r] = w.scale_zero ? w.scale_zero[place] : 0.0f;
+      }
+    }
+    float* to = scale + g * kTileRows;
+    for (int64_t r = 0; r < kTileRows; r++) to[r] = stored((to[r] - less[r]) * by[r]);
+  }
 }
 
-// Scales (and zero points) of a tile for `count` segments from `first` on, as float32 [segment][16]; `by` goes into each scale.
+// Scales (and zero points) of a tile for `count` segments from `first` on, as float32, 16 for each segment, `stride` numbers apart.
+// `by` goes into each scale.
 inline void read_scales(const Weight& w, int64_t tile, int64_t segment, int64_t first, int64_t count, int64_t stride, float by,
                         float* scale, float* zero) {
   const int64_t row = tile * kTileRows, rows = w.n - row < kTileRows ? w.n - row : kTileRows;
-  const int64_t groups = w.group > 0 ? w.k / w.group : 1;
-  for (int64_t s = 0; s < count; s++) {
-    float* to = scale + s * stride;
-    float* zero_to = zero + s * stride;
-    if (w.group <= 0) {
-      for (int64_t r = 0; r < kTileRows; r++) {
-        const int64_t place = w.group < 0 ? 0 : row + (r < rows ? r : rows - 1);
-        to[r] = s ? scale[r] : one_scale(w.scale, w.scale_type, place) * by;
-        if (w.zero) zero_to[r] = s ? zero[r] : one_scale(w.zero, w.zero_type, place);
-      }
-    } else {
-      const int64_t group = (first + s) * segment / w.group, place = (tile * groups + group) * kTileRows;
-      sixteen(w.scale, w.scale_type, place, to);
-      if (w.zero) sixteen(w.zero, w.zero_type, place, zero_to);
-      if (w.scale_scale)
-        for (int64_t r = 0; r < kTileRows; r++) to[r] = nested(w, to[r], row + (r < rows ? r : 0), group, groups);
-      if (by != 1.0f)
-        for (int64_t r = 0; r < kTileRows; r++) to[r] *= by;
+  alignas(64) float scales[512], zeros[512];
+  int64_t per = count, group = 0, groups = 1;  // segments of a group
+  if (w.group <= 0) {
+    for (int64_t r = 0; r < kTileRows; r++) {
+      const int64_t place = w.group < 0 ? 0 : row + (r < rows ? r : rows - 1);
+      scales[r] = one_scale(w.scale, w.scale_type, place);
+      if (w.zero) zeros[r] = one_scale(w.zero, w.zero_type, place);
     }
+  } else {
+    per = w.group / segment;
+    group = first / per;
+    groups = (first + count - 1) / per - group + 1;
+    const int64_t place = (tile * (w.k / w.group) + group) * kTileRows;
+    read_run(w.scale, w.scale_type, place, groups * kTileRows, scales);
+    if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zeros);
+    if (w.scale_scale) read_nested(w, row, rows, group, groups, scales);
+  }
+  for (int64_t s = 0; s < count; s++) {
+    const int64_t from = (groups == 1 ? 0 : (first + s) / per - group) * kTileRows;
+    Lanes::store_f(scale + s * stride, Lanes::mul(Lanes::load_f(scales + from), Lanes::spread(by)));
+    if (w.zero) Lanes::store_f(zero + s * stride, Lanes::load_f(zeros + from));
   }
 }
 
@@ -137,14 +173,16 @@ inline float scale_factor(const Job& job) { return job.dot == Dot::u8 && !job.w.
 
 // -- results ----------------------------------------------------------------------------------------------------------
 
-// One token's 16 results of a tile: the parts of its splits added, what the zero point of x is due taken off, bias added.
+// One token's 16 results of a tile: the parts of its splits added, the token's scale, what its zero point is due, bias.
 inline void write_tile(const Job& job, int64_t tile, int64_t token, const float* sums, int64_t stride) {
   const int64_t row = tile * kTileRows, count = job.w.n - row < kTileRows ? job.w.n - row : kTileRows;
   alignas(64) float values[16] = {};
   for (int r = 0; r < 16; r++) values[r] = sums[r];
   for (int s = 1; s < job.splits; s++)
     for (int r = 0; r < 16; r++) values[r] += sums[s * stride + r];
-  for (int r = 0; r < 16; r++) {
+  if (job.token_scale)
+    for (int r = 0; r < 16; r++) values[r] *= job.token_scale[token];
+  for (int r = 0; r < 16 && (job.shift || job.bias); r++) {
     const int64_t n = row + (r < count ? r : 0);
     if (job.shift) values[r] -= job.shift[token] * job.w.row_sum[n];
     if (job.bias) values[r] += one_scale(job.bias, job.bias_type, n);
@@ -219,17 +257,27 @@ void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t seg
       lines += 4 * T * 64;
       words += 4 * R;
     }
+    const float* xsum = job.w.zero ? job.xsum + place : nullptr;
+    const float* xscale = job.xscale ? job.xscale + place : nullptr;
     unroll<0, T>([&](auto t) LOWP_INLINE {
       const Lanes::F scale = Lanes::load_f(scales + (s * T + t.value) * 16);
+      Lanes::F values[R];
       unroll<0, R>([&](auto r) LOWP_INLINE {
         typename Of::Sum sum = sums[r.value][t.value][0];
         unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[r.value][t.value][c.value]); });
-        Lanes::F value = Of::value(sum);
-        if (job.w.zero)
-          value = Lanes::fnma(Lanes::load_f(zeros + (s * T + t.value) * 16), Lanes::spread(job.xsum[place + r.value]), value);
-        if constexpr (Of::dot == Dot::u8) value = Lanes::mul(value, Lanes::spread(job.xscale[place + r.value]));
+        values[r.value] = Of::value(sum);
+      });
+      if (xsum) {
+        const Lanes::F zero = Lanes::load_f(zeros + (s * T + t.value) * 16);
+        unroll<0, R>([&](auto r) LOWP_INLINE {
+          values[r.value] = Lanes::fnma(zero, Lanes::spread(xsum[r.value]), values[r.value]);
+        });
+      }
+      if (xscale)
+        unroll<0, R>([&](auto r) LOWP_INLINE { values[r.value] = Lanes::mul(values[r.value], Lanes::spread(xscale[r.value])); });
+      unroll<0, R>([&](auto r) LOWP_INLINE {
         float* to = total + (r.value * T + t.value) * 16;
-        Lanes::store_f(to, Lanes::fma(value, scale, Lanes::load_f(to)));
+        Lanes::store_f(to, Lanes::fma(values[r.value], scale, Lanes::load_f(to)));
       });
     });
   }
@@ -306,7 +354,7 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
         Lanes::F value = Of::value(sum);
         const int64_t place = s * R + r.value;
         if (w.zero) value = Lanes::fnma(Lanes::load_f(zeros + 16 * slot), Lanes::spread(job.xsum[place]), value);
-        if constexpr (Of::dot == Dot::u8) value = Lanes::mul(value, Lanes::spread(job.xscale[place]));
+        if (job.xscale) value = Lanes::mul(value, Lanes::spread(job.xscale[place]));
         total[r.value] = Lanes::fma(value, scale, total[r.value]);
       });
     }
