@@ -1,6 +1,6 @@
 # Needs Python >= 3.10 with pip and venv, and make. `make demo` shows what lowp does, `make test` proves it.
 #
-# The environment lives in .venv and is brought up to date when pyproject.toml changes. Where torch is missing, one named
+# The environment lives in .venv and is brought up to date when pyproject.toml or the C++ changes. Where torch is missing, one named
 # version comes first: a plain `torch` would pull gigabytes of CUDA onto a machine without a GPU.
 #
 #   make test PYTHON=python3.12           another Python to make .venv from
@@ -30,7 +30,10 @@ env: $(ready)
 # A Python that already has a torch that is new enough lends it to .venv (--system-site-packages).
 has_torch = import importlib.metadata as m, sys; v = m.version("torch").split("."); sys.exit((int(v[0]), int(v[1])) < (2, 11))
 
-$(ready): pyproject.toml
+native := src/lowp/kernels/cpu/native
+sources := $(wildcard $(native)/*.cpp $(native)/*.h) $(native)/CMakeLists.txt
+
+$(ready): pyproject.toml $(sources)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else \
 	  f"lowp wants Python >= 3.10, $(PYTHON) is {v}: name a newer one, make PYTHON=python3.12")'
 	@test -x $(bin)/python || { echo "making $(VENV)"; \

@@ -1,14 +1,14 @@
 """The layout of the CPU's products: planes of bits, in tiles of 16 rows and 32 columns.
 
     qdata       uint8 (..., N/16, K/32, 64 * bits): tiles of 16 x 32 codes, those of 16 rows one after another along K
-    scale       of groups of columns: (..., N/16, K/group, 16), the 16 rows of a group side by side; of rows or the tensor: as it was
+    scale       of groups of columns: (..., N/16, K/group, 16), 16 rows of a group side by side; of rows or the tensor: as it was
     row_sum     float32 (..., N/16, 16), the sum over K of each row's values: only where the activation has a zero point
     others      zero_point as scale; the rest as in `Parts`
 
-N is filled up to a multiple of 16 with zero codes. A width of b bits is stored in planes of 4, 2 and 1 bits (5 = 4 + 1, low bits
-first; 8 is a plane of bytes). In a plane of w bits a tile is w lines of 64 bytes. Byte 4 r + c of line l holds, from its lowest bits
-up, row r and column c of the quads l, l + w, l + 2 w ... (a quad is 4 columns): one shift and one mask make of a line 16 rows x 4
-columns of bytes, the operand of the dot product instructions of x86 and ARM, whatever the width.
+N is filled up to a multiple of 16 with zero codes. A width of b bits is stored in planes of 4, 2 and 1 bits (5 = 4 + 1, low
+bits first; 8 is a plane of bytes). In a plane of w bits a tile is w lines of 64 bytes. Byte 4 r + c of line l holds, from its
+lowest bits up, row r and column c of the quads l, l + w, l + 2 w ... (a quad is 4 columns): one shift and one mask make of a
+line 16 rows x 4 columns of bytes, the operand of the dot product instructions of x86 and ARM, whatever the width.
 
 Signed integers are stored with their sign bit flipped, so that codes count up from the smallest value: those instructions want
 unsigned bytes on one side, and the difference is a constant times the sum of x.

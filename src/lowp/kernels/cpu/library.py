@@ -14,7 +14,7 @@ import torch
 
 from ...errors import KernelError
 
-PATH = Path(__file__).with_name("lowp_cpu.so")
+PATH = Path(__file__).parent / "built" / "lowp_cpu.so"
 
 
 @functools.cache

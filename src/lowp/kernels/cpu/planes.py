@@ -5,9 +5,9 @@
 What is multiplied is decided by the scheme, never by speed:
 
     int8 activations, integer or e2m1 weights   codes times codes, int32 sums, scales after: the numbers of the reference
-    no activation format                        x stays a float: codes are decoded to bf16 (AVX512-BF16) or float32 in registers, and
-                                                sums are float32; an x of fp16 or float32 is split into 2 or 3 numbers of bf16 that
-                                                add up to it exactly, so nothing of it is lost
+    no activation format                        x stays a float: codes are decoded to bf16 (AVX512-BF16) or float32, sums are
+                                                float32; an x of fp16 or float32 is split into 2 or 3 numbers of bf16 that add up
+                                                to it exactly, so nothing of it is lost
     any other activation format                 x is quantized and dequantized first, then as above
 
 Up to 8 tokens the weight is streamed once, decoded on its way; beyond that it is decoded by panels that stay in the cache. The
