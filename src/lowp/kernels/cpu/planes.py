@@ -28,6 +28,7 @@ from ...numerics import Scheme, known_formats
 from ...ops.cast import fake_cast
 from ...ops.how import decoded, native, with_activation
 from ...ops.linear import prescale
+from ...ops.matmul import reference as matmul_reference
 from ...ops.registry import Case, Kernel
 from .library import missing
 
@@ -140,6 +141,15 @@ def _grouped(x: Tensor, packed: Packed, spec: Spec, offs: Tensor | None) -> Tens
     return y
 
 
+def _matmul(x: Tensor, packed: Packed, spec: Spec, transposed: bool) -> Tensor:
+    if not transposed or x.dim() != 3 or x.shape[0] != spec.shape[0]:
+        return matmul_reference(x, packed, spec, transposed, dtype=x.dtype)
+    told = _told(str(spec.weight), spec.shape)  # a matmul leaves x as it is, whatever the scheme
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y: Tensor = torch.ops.lowp.planes_grouped(x, *_weight(packed), None, None, None, *told)
+    return y
+
+
 def _embedding(ids: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
     flat = ids.reshape(-1).to(torch.int64).contiguous()
     rows: Tensor = torch.ops.lowp.planes_embedding(flat, *_weight(packed), *_told(spec.scheme, spec.shape))
@@ -226,6 +236,18 @@ KERNELS = (
         how=_how,
         about="planes of bits, expert by expert (C++)",
         cases=("int4/1x32*bf16", "int4/1x32*bf16@int8/row+int8", "nf4/1x64*int8/1x256"),
+    ),
+    Kernel(
+        op="matmul",
+        name="planes",
+        rank=60,
+        layout="planes",
+        why_not=functools.partial(_why_not, axes=3),
+        run=_matmul,
+        how=lambda case: (
+            f"{decoded(case, 'in registers', 'bf16 or fp32')} for (E, M, K) x (E, N, K), else for each call"
+        ),
+        about="(E, M, K) x (E, N, K) as grouped (C++); any other decoded, then torch's matmul",
     ),
     Kernel(
         op="embedding",

@@ -286,7 +286,6 @@ void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t seg
 // -- few rows ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMostSegments = 32;   // of 16 columns in 512
-constexpr int64_t kScalesAtOnce = 32;   // segments
 constexpr int64_t kAhead = 8192;        // bytes that the weight is fetched ahead of its use
 
 template <class Of, int R>
@@ -317,46 +316,52 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
   constexpr int tile_words = 8 * Of::steps * R;  // of x for 32 columns
   const Weight& w = job.w;
   const Unpack unpack(w);
-  alignas(64) float scales[kScalesAtOnce * 16], zeros[kScalesAtOnce * 16], out[R * 16];
+  const float* xscale = job.xscale;
+  const float* xsum = w.zero ? job.xsum : nullptr;
+  const int64_t segment = job.segment, segments = job.segments, columns = w.k;
+  alignas(64) float scales[kMostSegments * 16], zeros[kMostSegments * 16], out[R * 16];
   for (int64_t tile = first_tile; tile < last_tile; tile++) {
     const uint8_t* codes_at = w.codes + tile * w.tile_bytes();
     const uint32_t* words = job.words;
     Lanes::F total[R];
     unroll<0, R>([&](auto r) LOWP_INLINE { total[r.value] = Lanes::zero_f(); });
-    for (int64_t s = 0; s < job.segments; s++) {
-      const int64_t slot = s % kScalesAtOnce, left = job.segments - s;
-      if (slot == 0)
-        read_scales(w, tile, job.segment, s, left < kScalesAtOnce ? left : kScalesAtOnce, 16, scale_factor(job), scales, zeros);
-      typename Of::Sum sums[R][Chains];
-      unroll<0, R>([&](auto r) LOWP_INLINE {
-        unroll<1, Chains>([&](auto c) LOWP_INLINE { sums[r.value][c.value] = Of::zero(); });
-        sums[r.value][0] = Of::start(job.start[s * R + r.value]);
-      });
-      const int64_t columns = w.k - s * job.segment < job.segment ? w.k - s * job.segment : job.segment;
-      for (int64_t i = 0; i < columns; i += kTileColumns) {
-        unroll<0, Unpack::bits>([&](auto line) LOWP_INLINE { Lanes::prefetch(codes_at + kAhead + 64 * line.value); });
-        unroll<0, 8>([&](auto q) LOWP_INLINE {
-          unpack.template quad<q.value>(codes_at, [&](auto step, typename Of::Word word) LOWP_INLINE {
-            constexpr int at = q.value * Of::steps + step.value;
-            unroll<0, R>([&](auto r) LOWP_INLINE {
-              auto& sum = sums[r.value][at % Chains];
-              sum = Of::add(sum, word, words[at * R + r.value], Unpack::bits == 8);
+    for (int64_t first = 0; first < segments; first += kMostSegments) {
+      const int64_t count = segments - first < kMostSegments ? segments - first : kMostSegments;
+      read_scales(w, tile, segment, first, count, 16, scale_factor(job), scales, zeros);
+      const int32_t* start = job.start + first * R;
+      int64_t left = columns - first * segment;
+      for (int64_t s = 0; s < count; s++, start += R, left -= segment) {
+        typename Of::Sum sums[R][Chains];
+        unroll<0, R>([&](auto r) LOWP_INLINE {
+          unroll<1, Chains>([&](auto c) LOWP_INLINE { sums[r.value][c.value] = Of::zero(); });
+          sums[r.value][0] = Of::start(start[r.value]);
+        });
+        const uint8_t* past = codes_at + (left < segment ? left : segment) / kTileColumns * 64 * Unpack::bits;
+        do {
+          unroll<0, Unpack::bits>([&](auto line) LOWP_INLINE { Lanes::prefetch(codes_at + kAhead + 64 * line.value); });
+          unroll<0, 8>([&](auto q) LOWP_INLINE {
+            unpack.template quad<q.value>(codes_at, [&](auto step, typename Of::Word word) LOWP_INLINE {
+              constexpr int at = q.value * Of::steps + step.value;
+              unroll<0, R>([&](auto r) LOWP_INLINE {
+                auto& sum = sums[r.value][at % Chains];
+                sum = Of::add(sum, word, words[at * R + r.value], Unpack::bits == 8);
+              });
             });
           });
+          codes_at += 64 * Unpack::bits;
+          words += tile_words;
+        } while (codes_at < past);
+        const Lanes::F scale = Lanes::load_f(scales + 16 * s);
+        unroll<0, R>([&](auto r) LOWP_INLINE {
+          typename Of::Sum sum = sums[r.value][0];
+          unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[r.value][c.value]); });
+          Lanes::F value = Of::value(sum);
+          const int64_t place = (first + s) * R + r.value;
+          if (xsum) value = Lanes::fnma(Lanes::load_f(zeros + 16 * s), Lanes::spread(xsum[place]), value);
+          if (xscale) value = Lanes::mul(value, Lanes::spread(xscale[place]));
+          total[r.value] = Lanes::fma(value, scale, total[r.value]);
         });
-        codes_at += 64 * Unpack::bits;
-        words += tile_words;
       }
-      const Lanes::F scale = Lanes::load_f(scales + 16 * slot);
-      unroll<0, R>([&](auto r) LOWP_INLINE {
-        typename Of::Sum sum = sums[r.value][0];
-        unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[r.value][c.value]); });
-        Lanes::F value = Of::value(sum);
-        const int64_t place = s * R + r.value;
-        if (w.zero) value = Lanes::fnma(Lanes::load_f(zeros + 16 * slot), Lanes::spread(job.xsum[place]), value);
-        if (job.xscale) value = Lanes::mul(value, Lanes::spread(job.xscale[place]));
-        total[r.value] = Lanes::fma(value, scale, total[r.value]);
-      });
     }
     unroll<0, R>([&](auto r) LOWP_INLINE { Lanes::store_f(out + 16 * r.value, total[r.value]); });
     for (int64_t t = 0; t < job.tokens; t++) write_tile(job, tile, t, out + t * job.splits * 16, 16);
