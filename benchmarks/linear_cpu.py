@@ -7,8 +7,8 @@ A row is one of lowp's schemes on one shape; its baseline is a peer's time in th
 128 MB together taken in turn. With one thread processor time is measured (a shared machine does not count), with more wall time.
 `gbytes` and `gflops` are a second's; `load` is the machine's load average at that row.
 
-Peers: torch's bf16 linear, torch's own int4 and int8 products, and ggml's at the same bits. ggml quantizes the activation for each
-32 or 256 columns; the scheme beside it does so for each 32 ("@int8/1x32"). Weight-only rows multiply bf16 by what was stored.
+Peers: torch's bf16 linear, torch's own int4 and int8 products, and ggml's at the same bits. ggml quantizes the activation by 32
+or 256 columns; the scheme beside it does so by 32 ("@int8/1x32"). Weight-only rows multiply bf16 by what was stored.
 """
 
 from __future__ import annotations

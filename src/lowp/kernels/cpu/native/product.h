@@ -158,6 +158,11 @@ inline void read_scales(const Weight& w, int64_t tile, int64_t segment, int64_t 
     group = first / per;
     groups = (first + count - 1) / per - group + 1;
     const int64_t place = (tile * (w.k / w.group) + group) * kTileRows;
+    if (per == 1 && stride == kTileRows && by == 1.0f && !w.scale_scale) {
+      read_run(w.scale, w.scale_type, place, groups * kTileRows, scale);
+      if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zero);
+      return;
+    }
     read_run(w.scale, w.scale_type, place, groups * kTileRows, scales);
     if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zeros);
     if (w.scale_scale) read_nested(w, row, rows, group, groups, scales);
@@ -286,7 +291,7 @@ void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t seg
 // -- few rows ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMostSegments = 32;   // of 16 columns in 512
-constexpr int64_t kAhead = 8192;        // bytes that the weight is fetched ahead of its use
+constexpr int64_t kAhead = 16384;       // bytes that the weight is fetched ahead of its use
 
 template <class Of, int R>
 void few_by_lines(const Job& job, UnpackColumns unpack, int64_t first_tile, int64_t last_tile) {
@@ -312,7 +317,8 @@ void few_by_lines(const Job& job, UnpackColumns unpack, int64_t first_tile, int6
 // One or two rows, decoded in registers: nothing but the weight goes through memory.
 template <class Of, class Unpack, int R>
 void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
-  constexpr int Chains = R == 1 ? 4 : 2;
+  // Sums beside one another: a dot product takes 4 cycles or more, and where codes are narrow many fall due before the next line.
+  constexpr int Chains = R == 1 && (Of::dot != Dot::u8 || Unpack::bits < 3) ? 4 : 2;
   constexpr int tile_words = 8 * Of::steps * R;  // of x for 32 columns
   const Weight& w = job.w;
   const Unpack unpack(w);
