@@ -90,8 +90,15 @@ inline float one_scale(const void* p, Type type, int64_t i) {
   return 0;
 }
 
-// `count` numbers from place i on, a multiple of 16, as float32.
+inline int64_t bytes_of(Type type) {
+  return type == Type::fp32 || type == Type::int32 ? 4 : type == Type::bf16 || type == Type::fp16 ? 2 : 1;
+}
+
+// `count` numbers from place i on, a multiple of 16, as float32. The next `count` are fetched meanwhile: the codes between them take
+// long enough for that, and without it each run would wait for memory.
 inline void read_run(const void* p, Type type, int64_t i, int64_t count, float* out) {
+  const uint8_t* next = static_cast<const uint8_t*>(p) + (i + count) * bytes_of(type);
+  for (int64_t byte = 0; byte < count * bytes_of(type); byte += 64) Lanes::prefetch(next + byte);
   const uint8_t* bytes = static_cast<const uint8_t*>(p) + i;
   const uint16_t* halves = static_cast<const uint16_t*>(p) + i;
   if (type == Type::bf16) {
