@@ -62,10 +62,10 @@ arm := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_CO
 
 cpp:
 	cmake -S $(native) -B build/cpp -DLOWP_TESTS=ON -DCMAKE_BUILD_TYPE=Sanitize \
-	  -DCMAKE_CXX_FLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
+	  -DCMAKE_CXX_FLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-address-use-after-scope -fno-sanitize-recover=all'
 	cmake --build build/cpp -j2
 	build/cpp/test_products
-	@command -v $(cross) qemu-aarch64-static >/dev/null || { echo 'no ARM: wants $(cross) and qemu-aarch64-static'; exit 0; }; \
+	@{ command -v $(cross) && command -v qemu-aarch64-static; } >/dev/null || { echo 'no ARM: wants $(cross) and qemu-aarch64-static'; exit 0; }; \
 	set -ex; cmake -S $(native) -B build/arm -DLOWP_TESTS=ON $(arm); cmake --build build/arm -j2; \
 	qemu-aarch64-static -cpu cortex-a72 build/arm/test_products neon; \
 	qemu-aarch64-static -cpu neoverse-n1 build/arm/test_products neondot
