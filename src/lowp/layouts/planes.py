@@ -25,7 +25,7 @@ from ..errors import MisfitError
 from ..numerics import Format, Parts, dequantize
 from ..numerics.element import Element
 from .base import Layout, Packed, Spec
-from .fragments import by_group, planes
+from .fragments import by_group, planes, tile_scales, untile_scales
 from .plain import cut_part
 
 ROWS, COLUMNS = 16, 32  # of a tile
@@ -64,18 +64,6 @@ def _unpack_codes(qdata: Tensor, element: Element, rows: int) -> Tensor:
     return _flip(codes, element)
 
 
-def _group_scales(per_block: Tensor) -> Tensor:
-    """(..., N, G) -> (..., N/16, G, 16)."""
-    raw = per_block.view(torch.uint8) if per_block.element_size() == 1 else per_block
-    padded = torch.nn.functional.pad(raw, (0, 0, 0, -raw.shape[-2] % ROWS))
-    return padded.unflatten(-2, (-1, ROWS)).mT.contiguous().view(per_block.dtype)
-
-
-def _ungroup_scales(tiled: Tensor, rows: int) -> Tensor:
-    raw = tiled.view(torch.uint8) if tiled.element_size() == 1 else tiled
-    return raw.mT.flatten(-3, -2)[..., :rows, :].contiguous().view(tiled.dtype)
-
-
 def _wants_sums(spec: Spec) -> bool:
     return spec.act is not None and spec.act.zero_point is not None
 
@@ -84,7 +72,7 @@ def _pack(parts: Parts, spec: Spec) -> Packed:
     fmt = spec.weight
     packed = parts.tensors() | {"qdata": _pack_codes(fmt.element.to_codes(parts.qdata), fmt.element)}
     if by_group(fmt):
-        packed |= {name: _group_scales(packed[name]) for name in ("scale", "zero_point") if name in packed}
+        packed |= {name: tile_scales(packed[name], ROWS) for name in ("scale", "zero_point") if name in packed}
     if _wants_sums(spec):
         sums = dequantize(parts, fmt).sum(dim=-1)
         packed["row_sum"] = torch.nn.functional.pad(sums, (0, -sums.shape[-1] % ROWS)).unflatten(-1, (-1, ROWS))
@@ -95,7 +83,7 @@ def _unpack(packed: Packed, spec: Spec) -> Parts:
     fmt, rows = spec.weight, spec.shape[-2]
     parts = {name: tensor for name, tensor in packed.items() if name != "row_sum"}
     if by_group(fmt):
-        parts |= {name: _ungroup_scales(packed[name], rows) for name in ("scale", "zero_point") if name in packed}
+        parts |= {name: untile_scales(packed[name], rows) for name in ("scale", "zero_point") if name in packed}
     codes = _unpack_codes(packed["qdata"], fmt.element, rows)
     return Parts.of(parts | {"qdata": fmt.element.from_codes(codes.contiguous())})
 

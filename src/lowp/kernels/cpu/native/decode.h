@@ -31,7 +31,6 @@ LOWP_INLINE inline void unroll(Function f) {
   unroll([&](auto n) LOWP_INLINE { f(Int<First + n.value>{}); }, std::make_integer_sequence<int, Last - First>{});
 }
 
-constexpr int plane4(int) { return 0; }
 constexpr int plane2(int bits) { return bits & 4 ? 256 : 0; }
 constexpr int plane1(int bits) { return plane2(bits) + (bits & 2 ? 128 : 0); }
 
