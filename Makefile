@@ -1,6 +1,6 @@
 # Needs Python >= 3.10 with pip and venv, and make. `make demo` shows what lowp does, `make test` proves it.
 #
-# The environment lives in .venv and is brought up to date when pyproject.toml changes. Where torch is missing, one named
+# The environment lives in .venv and is brought up to date when pyproject.toml or the C++ changes. Where torch is missing, one named
 # version comes first: a plain `torch` would pull gigabytes of CUDA onto a machine without a GPU.
 #
 #   make test PYTHON=python3.12           another Python to make .venv from
@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 bin := $(VENV)/bin
 ready := $(VENV)/.lowp-ready
 
-.PHONY: help env guests demo test lint format clean
+.PHONY: help env guests demo test lint format cpp clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make guests  install torchao, peft and diffusers: `make test` then tries them too'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make format  let ruff mend what it can'
+	@echo 'make cpp     the CPU kernels without torch: under the sanitizers, and as ARM under an emulator'
 	@echo 'make clean   remove .venv, caches and builds'
 
 env: $(ready)
@@ -31,7 +32,10 @@ env: $(ready)
 # A Python that already has a torch that is new enough lends it to .venv (--system-site-packages).
 has_torch = import importlib.metadata as m, sys; v = m.version("torch").split("."); sys.exit((int(v[0]), int(v[1])) < (2, 11))
 
-$(ready): pyproject.toml
+native := src/lowp/kernels/cpu/native
+sources := $(wildcard $(native)/*.cpp $(native)/*.h) $(native)/CMakeLists.txt
+
+$(ready): pyproject.toml $(sources)
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(0 if sys.version_info >= (3, 10) else \
 	  f"lowp wants Python >= 3.10, $(PYTHON) is {v}: name a newer one, make PYTHON=python3.12")'
 	@test -x $(bin)/python || { echo "making $(VENV)"; \
@@ -56,6 +60,20 @@ lint: env
 
 test: lint
 	$(bin)/python -m pytest $(ARGS)
+
+# Wants cmake and g++; for ARM g++-aarch64-linux-gnu and qemu-user-static as well. One emulated machine for each instruction set.
+cross := aarch64-linux-gnu-g++
+arm := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(cross) -DCMAKE_EXE_LINKER_FLAGS=-static
+
+cpp:
+	cmake -S $(native) -B build/cpp -DLOWP_TESTS=ON -DCMAKE_BUILD_TYPE=Sanitize \
+	  -DCMAKE_CXX_FLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-address-use-after-scope -fno-sanitize-recover=all'
+	cmake --build build/cpp -j2
+	build/cpp/test_products
+	@{ command -v $(cross) && command -v qemu-aarch64-static; } >/dev/null || { echo 'no ARM: wants $(cross) and qemu-aarch64-static'; exit 0; }; \
+	set -ex; cmake -S $(native) -B build/arm -DLOWP_TESTS=ON $(arm); cmake --build build/arm -j2; \
+	qemu-aarch64-static -cpu cortex-a72 build/arm/test_products neon; \
+	qemu-aarch64-static -cpu neoverse-n1 build/arm/test_products neondot
 
 format: env
 	$(bin)/ruff check --fix-only .

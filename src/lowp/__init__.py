@@ -3,8 +3,8 @@
 >>> import torch, lowp
 >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256)).bfloat16()
 >>> report = lowp.quantize_(model, {"*": lowp.INT4}, method="hqq")
->>> model[0].weight
-QTensor(int4/1x128*bf16, shape=(256, 256), dtype=torch.bfloat16, device=cpu, layout=int4pack_cpu)
+>>> model[0].weight.scheme
+'int4/1x128*bf16'
 """
 
 from . import methods as _methods  # noqa: F401  (registers the methods)

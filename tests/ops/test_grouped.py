@@ -50,7 +50,8 @@ def test_grouped_kernels_match_the_reference(kernel, scheme, dtype, device, pois
         if why_not:
             assert why_not.startswith("wants"), why_not
             return
-        y, expected = kernel.run(x, q.packed, q.spec, offs), reference(x, q.packed, q.spec, offs)
+        laid = q.to_layout(kernel.layout or "plain")
+        y, expected = kernel.run(x, laid.packed, laid.spec, offs), reference(x, q.packed, q.spec, offs)
         assert (y.dtype, y.shape) == (dtype, (*x.shape[:-1], N))
         end = None if offs is None else ENDS[-1]  # what stands after it is undefined
         assert relative_error(expected[:end], y[:end]) <= q.format.tolerance(dtype)
@@ -63,7 +64,8 @@ def test_any_division_of_the_tokens(ends, device):
     expected = reference(x, q.packed, q.spec, offs)
     for kernel in kernels_of("grouped"):
         if not why_not_from_plain(kernel, asked(kernel, case_of("grouped", x, q.packed, q.spec))):
-            y = kernel.run(x, q.packed, q.spec, offs)
+            laid = q.to_layout(kernel.layout or "plain")
+            y = kernel.run(x, laid.packed, laid.spec, offs)
             torch.testing.assert_close(y[: ends[-1]], expected[: ends[-1]], rtol=1e-4, atol=1e-5)
 
 

@@ -116,9 +116,10 @@ def test_embedding_kernels_match_the_reference(scheme, device):
     ids = torch.randint(0, N, (3, 5), device=device)
     expected = embedding_reference(ids, q.packed, q.spec, torch.bfloat16)
     for kernel in kernels_of("embedding"):
-        if not kernel.why_not(asked(kernel, case_of("embedding", ids, q.packed, q.spec))):
-            assert torch.equal(kernel.run(ids, q.packed, q.spec, torch.bfloat16), expected)
-    assert torch.equal(embedding(ids, q.packed, q.spec, torch.bfloat16), expected)
+        if not why_not_from_plain(kernel, asked(kernel, case_of("embedding", ids, q.packed, q.spec))):
+            laid = q.to_layout(kernel.layout or "plain")
+            assert torch.equal(kernel.run(ids, laid.packed, laid.spec, torch.bfloat16), expected), kernel.name
+            assert torch.equal(embedding(ids, laid.packed, laid.spec, torch.bfloat16), expected), kernel.name
 
 
 def test_embedding_of_strided_ids(device):
@@ -126,8 +127,9 @@ def test_embedding_of_strided_ids(device):
     ids = torch.randint(0, N, (3, 6), device=device)[:, :-1]
     expected = embedding_reference(ids, q.packed, q.spec, torch.bfloat16)
     for kernel in kernels_of("embedding"):
-        if not kernel.why_not(asked(kernel, case_of("embedding", ids, q.packed, q.spec))):
-            assert torch.equal(kernel.run(ids, q.packed, q.spec, torch.bfloat16), expected), kernel.name
+        if not why_not_from_plain(kernel, asked(kernel, case_of("embedding", ids, q.packed, q.spec))):
+            laid = q.to_layout(kernel.layout or "plain")
+            assert torch.equal(kernel.run(ids, laid.packed, laid.spec, torch.bfloat16), expected), kernel.name
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -139,8 +141,12 @@ def test_matmul_of_stacked_experts(scheme, device):
     assert relative_error(x @ q.dequantize(), y) < 1e-5
     expected = matmul_reference(x, q.packed, q.spec)
     for kernel in kernels_of("matmul"):
-        if not kernel.why_not(asked(kernel, case_of("matmul", x, q.packed, q.spec))):
-            assert relative_error(expected, kernel.run(x, q.packed, q.spec, False)) < 1e-5
+        if not why_not_from_plain(kernel, asked(kernel, case_of("matmul", x, q.packed, q.spec))):
+            laid = q.to_layout(kernel.layout or "plain")
+            assert relative_error(expected, kernel.run(x, laid.packed, laid.spec, False)) < 1e-5, kernel.name
+            back = torch.randn(2, 6, 256, device=device)
+            by_rows = matmul_reference(back, q.packed, q.spec, True)
+            assert relative_error(by_rows, kernel.run(back, laid.packed, laid.spec, True)) < 1e-5, kernel.name
 
 
 def test_leading_axes_empty_batches_and_nan(device):
@@ -183,12 +189,17 @@ def test_every_scheme_runs_on_every_device_and_explain_agrees_with_pick(op, sche
 
 def test_best_layout_serves_all_ops_of_a_tied_weight():
     case = Case(op="linear", scheme="int4/1x128*bf16", shape=(N, K))
-    assert best_layout(("linear",), case)[0] == "int4pack_cpu"
-    layout, kernels, why = best_layout(("embedding", "linear"), case)
-    assert layout == "plain" and [kernel.op for kernel in kernels] == ["embedding", "linear"]
-    assert "embedding by gather" in why and "fallback" in why
-    layout, kernels, _ = best_layout(("embedding", "linear"), dataclasses.replace(case, scheme="int8/row"))
-    assert [kernel.name for kernel in kernels] == ["gather", "int8pack_cpu"]
+    layout, kernels, why = best_layout(("linear",), case)
+    assert not kernels[0].fallback and kernels[0].layout == layout and why == f"linear by {kernels[0].name}"
+    tied = ("embedding", "linear")
+    for scheme in ("int4/1x128*bf16", "int8/row"):
+        layout, kernels, why = best_layout(tied, dataclasses.replace(case, scheme=scheme))
+        assert tuple(kernel.op for kernel in kernels) == tied and all(
+            kernel.layout in ("", layout) for kernel in kernels
+        )
+        assert why.startswith("embedding by ") and "fallback" not in why
+    layout, kernels, why = best_layout(tied, dataclasses.replace(case, dtype="float64"))
+    assert layout == "plain" and kernels[1].fallback and "fallback" in why
 
 
 def test_strict_refuses_a_fallback_and_says_why(device):

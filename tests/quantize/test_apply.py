@@ -38,7 +38,7 @@ def test_every_preset_runs_and_reports_truly(preset, device):
 def test_the_report_prints_and_is_json():
     report = lowp.quantize_(Model().bfloat16(), {"layers.*": "int4", "head": "int8", "*": None})
     text = str(report)
-    assert "keeps it" in text and "MB ->" in text and "embedding by gather, linear by int8pack_cpu" in text
+    assert "keeps it" in text and "MB ->" in text and "embedding by " in text and ", linear by " in text
     told = json.loads(json.dumps(report.to_dict()))
     assert told["bytes_after"] == sum(row["bytes_after"] for row in told["rows"]) < told["bytes_before"]
 
@@ -112,10 +112,11 @@ def test_zero_rows_give_zeros_and_non_finite_weights_are_refused_before_anything
 
 def test_strict_refuses_before_anything_changes():
     model = Model()
+    model.double()  # no kernel is written for it
     with pytest.raises(KernelError, match=r"lowp explain linear nf4"):
         lowp.quantize_(model, "nf4/1x64*bf16", strict=True)
     with pytest.raises(KernelError, match="fallback"):
-        lowp.quantize_(model, "int8", strict=True)  # float32: torch's int8 product is slower than none there
+        lowp.quantize_(model, "int8", strict=True)
     assert not any(isinstance(p, QTensor) for p in model.parameters())
     lowp.quantize_(nn.Sequential(nn.Linear(64, 64)).bfloat16(), "int8", strict=True)
 

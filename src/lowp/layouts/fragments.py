@@ -121,14 +121,15 @@ def by_group(fmt: Format) -> bool:
     return fmt.block not in ("row", "tensor")
 
 
-def _group_scales(per_block: Tensor) -> Tensor:
-    """(..., N, G) -> (..., N/64, G, 64)."""
+def tile_scales(per_block: Tensor, unit: int) -> Tensor:
+    """(..., N, G) -> (..., N/unit, G, unit): scales of groups of columns, those of a unit of rows side by side."""
     raw = per_block.view(torch.uint8) if per_block.element_size() == 1 else per_block
-    padded = torch.nn.functional.pad(raw, (0, 0, 0, -raw.shape[-2] % UNIT))
-    return padded.unflatten(-2, (-1, UNIT)).mT.contiguous().view(per_block.dtype)
+    padded = torch.nn.functional.pad(raw, (0, 0, 0, -raw.shape[-2] % unit))
+    return padded.unflatten(-2, (-1, unit)).mT.contiguous().view(per_block.dtype)
 
 
-def _ungroup_scales(tiled: Tensor, rows: int) -> Tensor:
+def untile_scales(tiled: Tensor, rows: int) -> Tensor:
+    """The inverse, for so many rows."""
     raw = tiled.view(torch.uint8) if tiled.element_size() == 1 else tiled
     return raw.mT.flatten(-3, -2)[..., :rows, :].contiguous().view(tiled.dtype)
 
@@ -137,7 +138,7 @@ def _pack(parts: Parts, spec: Spec) -> Packed:
     fmt = spec.weight
     packed = parts.tensors() | {"qdata": _pack_codes(fmt.element.to_codes(parts.qdata), fmt.element)}
     if by_group(fmt):
-        packed |= {name: _group_scales(packed[name]) for name in ("scale", "zero_point") if name in packed}
+        packed |= {name: tile_scales(packed[name], UNIT) for name in ("scale", "zero_point") if name in packed}
     return {name: tensor.contiguous() for name, tensor in packed.items()}
 
 
@@ -145,7 +146,7 @@ def _unpack(packed: Packed, spec: Spec) -> Parts:
     fmt, rows = spec.weight, spec.shape[-2]
     parts = dict(packed)
     if by_group(fmt):
-        parts |= {name: _ungroup_scales(packed[name], rows) for name in ("scale", "zero_point") if name in packed}
+        parts |= {name: untile_scales(packed[name], rows) for name in ("scale", "zero_point") if name in packed}
     return Parts.of(
         parts | {"qdata": fmt.element.from_codes(_unpack_codes(packed["qdata"], fmt.element, rows).contiguous())}
     )

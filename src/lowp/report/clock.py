@@ -1,11 +1,11 @@
 """How long a call takes on a device, and how fast the device could be.
 
-    CPU    the median of repeated calls (torch.utils.benchmark)
+    CPU    the median of calls on copies of the weight in turn: of processor time with one thread, else of wall time
     CUDA   L calls captured in one graph, replayed R times between events: the median replay / L
 
 Why a graph: a launch from Python costs more than a small kernel runs, and serving engines replay graphs too. Why several calls:
 the weights of a model do not fit the L2 cache, so when a layer comes round again its weight is read from memory. Each call of the
-graph reads another copy of the weight, `rotation` of them, which together are 3 times the size of L2.
+graph reads another copy of the weight, `rotation` of them, which together are 3 times the size of L2; on a CPU 128 MB together.
 
 The limits of a device are measured in the same run, cards and clocks differ:
 
@@ -30,6 +30,9 @@ import torch
 from torch import Tensor
 
 CPU_SECONDS = 0.2  # how long each median is taken over on a CPU
+_CPU_BYTES = (
+    1 << 27
+)  # of the copies of a weight on a CPU: 4 times the 32 MB of last cache that a few cores of a server share
 _GRAPH_US = 1000.0  # a graph is that long at least, so that the 2 us around a replay are 0.2 % of it
 _LAUNCHES = 200  # and has no more launches than that: each costs host time once
 _LONG_US = 20_000.0  # beside a call that long a launch is nothing: it needs no graph
@@ -57,13 +60,15 @@ def median(calls: Sequence[Callable[[], Tensor]], device: str) -> Time:
     if torch.device(device).type == "cuda":
         with torch.cuda.device(device):
             return _graph_median(calls)
-    return Time(us=_cpu_median(calls[0]))
+    return Time(us=_cpu_median(calls))
 
 
 def rotation(nbytes: int, device: str) -> int:
-    """How many copies of a weight of so many bytes do not fit the L2 cache of a GPU; 1 elsewhere."""
-    if torch.device(device).type != "cuda" or not nbytes:
+    """How many copies of a weight of so many bytes do not fit the caches."""
+    if not nbytes or torch.device(device).type not in ("cpu", "cuda"):
         return 1
+    if torch.device(device).type == "cpu":
+        return max(1, min(math.ceil(_CPU_BYTES / nbytes), _COPIES))
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(math.ceil(3 * cache / nbytes), _COPIES))
 
@@ -79,11 +84,16 @@ def lost(device: str) -> bool:
     return False
 
 
-def _cpu_median(call: Callable[[], Tensor]) -> float:
-    from torch.utils.benchmark import Timer
-
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return 1e6 * timer.blocked_autorange(min_run_time=CPU_SECONDS).median
+def _cpu_median(calls: Sequence[Callable[[], Tensor]]) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    in_turn, times = itertools.cycle(calls), list[float]()
+    next(in_turn)()  # the first may compile, or wake threads
+    until = time.perf_counter() + CPU_SECONDS
+    while len(times) < 3 or time.perf_counter() < until:
+        call, start = next(in_turn), clock()
+        call()
+        times.append(clock() - start)
+    return 1e6 * statistics.median(times)
 
 
 # -- CUDA -------------------------------------------------------------------------------------------------------------

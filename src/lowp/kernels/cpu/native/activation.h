@@ -1,0 +1,191 @@
+// Activations on their way into a product: quantized by token or by group, or split into bf16, and laid side by side by blocks.
+//
+//     int8, symmetric     scale = max|x| / 127                  x_q = round(x / scale)
+//     int8, asymmetric    scale = (max - min) / 255, zero = -128 - round(min / scale), both ranges widened to hold 0
+//     bf16                x = x_0 + x_1 + x_2, each of 8 bits of the mantissa: one row for bf16, two for fp16, three for float32
+//
+// A NaN makes its scale NaN, and with it every result of its token (or group). Rounding is to nearest even.
+#pragma once
+#include "decode.h"
+
+namespace {
+
+using lowp::Activation;
+using lowp::Job;
+using lowp::Type;
+
+constexpr float kTiny = 1.17549435e-38f, kHuge = 3.40282347e+38f;  // the smallest normal and the largest float32
+
+inline float from_bits(int32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline int32_t to_bits(float value) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// `count` numbers from column `at` on, a multiple of 16, as float32.
+inline void read(const Activation& a, int64_t token, int64_t at, int64_t count, float* out) {
+  const int64_t place = token * a.stride + at;
+  for (int64_t i = 0; i < count; i += 16) {
+    if (a.type == Type::fp32)
+      Lanes::store_f(out + i, Lanes::load_f(static_cast<const float*>(a.x) + place + i));
+    else if (a.type == Type::bf16)
+      Lanes::store_f(out + i, Lanes::load_bf16(static_cast<const uint16_t*>(a.x) + place + i));
+    else
+      Lanes::store_f(out + i, Lanes::load_fp16(static_cast<const uint16_t*>(a.x) + place + i));
+  }
+}
+
+struct Range {
+  int32_t top = 0, bottom = 0;  // bits of max(x, 0) and of max(-x, 0): floats of one sign are ordered as integers are, NaN on top
+};
+
+inline void widen(Range& range, const float* x, int64_t count) {
+  int32_t top = range.top, bottom = range.bottom;
+  for (int64_t i = 0; i < count; i++) {
+    int32_t bits = to_bits(x[i]), flipped = bits ^ static_cast<int32_t>(0x80000000u);
+    top = bits > top ? bits : top;
+    bottom = flipped > bottom ? flipped : bottom;
+  }
+  range = {top, bottom};
+}
+
+struct Grid {
+  float scale = 0, inverse = 0;
+  int32_t zero = 0;
+};
+
+inline float stored(float scale) { return scale < kTiny ? kTiny : scale; }
+
+inline float nearest(float v) {
+  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bit below one
+  return (v + magic) - magic;
+}
+
+inline float clamp(float v, float low, float high) { return v > low ? (v < high ? v : high) : low; }  // NaN to low
+
+inline Grid grid_of(const Activation& a, Range range) {
+  const float top = from_bits(range.top), bottom = from_bits(range.bottom);
+  Grid grid;
+  if (!a.asymmetric) {
+    grid.scale = a.scale ? *a.scale : stored(from_bits(range.top > range.bottom ? range.top : range.bottom) / 127.0f);
+    return grid;
+  }
+  const float whole = top + bottom;
+  const bool fits = whole <= kHuge || whole != whole;
+  grid.scale = stored(fits ? whole / 255.0f : top / 255.0f + bottom / 255.0f);
+  grid.inverse = 1.0f / grid.scale;
+  grid.zero = static_cast<int32_t>(clamp(-128.0f + nearest(clamp(bottom / grid.scale, -1024.0f, 1024.0f)), -128.0f, 127.0f));
+  return grid;
+}
+
+inline int32_t quantize(const float* x, int64_t count, const Grid& grid, bool asymmetric, int8_t* out) {
+  int32_t sum = 0;
+  const float zero = static_cast<float>(grid.zero);
+  for (int64_t i = 0; i < count; i++) {
+    float scaled = asymmetric ? x[i] * grid.inverse : x[i] / grid.scale;
+    float rounded = nearest(clamp(scaled, -1024.0f, 1024.0f)) + zero;
+    int32_t code = static_cast<int32_t>(clamp(rounded, -128.0f, 127.0f));
+    out[i] = static_cast<int8_t>(code);
+    sum += code;
+  }
+  return sum;
+}
+
+template <int R>
+inline void quantize_row(const Job& job, const Activation& a, int64_t row, int r, uint32_t* words, int64_t at_block) {
+  alignas(64) float x[512];
+  alignas(64) int8_t q[512];
+  const int64_t k = job.w.k, length = a.group ? a.group : k, offset = job.w.offset - (Lanes::kSignedBytes && job.w.bits == 8 ? 128 : 0);
+  for (int64_t from = 0; from < k; from += length) {
+    Range range;
+    if (!a.scale)
+      for (int64_t at = from; at < from + length; at += 512) {
+        int64_t count = from + length - at < 512 ? from + length - at : 512;
+        read(a, row, at, count, x);
+        widen(range, x, count);
+      }
+    const Grid grid = grid_of(a, range);
+    for (int64_t at = from; at < from + length; at += job.segment) {
+      const int64_t s = at / job.segment, count = from + length - at < job.segment ? from + length - at : job.segment;
+      read(a, row, at, count, x);
+      const int32_t sum = quantize(x, count, grid, a.asymmetric, q);
+      for (int64_t i = 0; i < count / 4; i++) __builtin_memcpy(&words[(at / 4 + i) * R + r], q + 4 * i, 4);
+      const int64_t place = (at_block * job.segments + s) * R + r;
+      if (job.xscale) job.xscale[place] = grid.scale;
+      job.start[place] = static_cast<int32_t>(-offset * sum);
+      job.xsum[place] = static_cast<float>(sum);
+    }
+    if (job.token_scale) job.token_scale[row] = grid.scale;
+    if (a.asymmetric) job.shift[row] = static_cast<float>(grid.zero) * grid.scale;
+  }
+}
+
+// The part `split` of a float: 8 bits of its mantissa.
+inline uint16_t piece(float value, int splits, int split) {
+  if (value != value) return 0x7FC0;
+  for (int i = 0;; i++) {
+    const uint32_t bits = static_cast<uint32_t>(to_bits(value));
+    if (i == split || splits == 1) return static_cast<uint16_t>(bits >> 16);
+    if ((bits & 0x7F800000u) == 0x7F800000u) return 0;  // infinity has no rest
+    value -= from_bits(static_cast<int32_t>(bits & 0xFFFF0000u));
+  }
+}
+
+template <int R>
+inline void split_row(const Job& job, const Activation& a, int64_t row, int r, uint32_t* words, int64_t at_block) {
+  alignas(64) float x[512];
+  alignas(64) uint16_t p[512];
+  const int split = static_cast<int>(row % job.splits);
+  for (int64_t at = 0; at < job.w.k; at += job.segment) {
+    const int64_t count = job.w.k - at < job.segment ? job.w.k - at : job.segment;
+    read(a, row / job.splits, at, count, x);
+    float sum = 0;
+    if (job.dot == Dot::fp32) {
+      for (int64_t i = 0; i < count; i++) __builtin_memcpy(&words[(at + i) * R + r], x + i, 4);
+      for (int64_t i = 0; i < count; i++) sum += x[i];
+    } else {
+      if (job.splits == 1)
+        for (int64_t i = 0; i < count; i++) p[i] = static_cast<uint16_t>(static_cast<uint32_t>(to_bits(x[i])) >> 16);
+      else
+        for (int64_t i = 0; i < count; i++) p[i] = piece(x[i], job.splits, split);
+      for (int64_t i = 0; i < count; i += 4) {
+        uint32_t* word = words + (at + i) / 2 * R + r;
+        word[0] = p[i] | static_cast<uint32_t>(p[i + 2]) << 16;
+        word[R] = p[i + 1] | static_cast<uint32_t>(p[i + 3]) << 16;
+      }
+      if (job.w.zero)
+        for (int64_t i = 0; i < count; i++) sum += from_bits(static_cast<int32_t>(static_cast<uint32_t>(p[i]) << 16));
+    }
+    job.xsum[(at_block * job.segments + at / job.segment) * R + r] = sum;
+  }
+}
+
+template <int R>
+void pack_block(const Job& job, const Activation& a, int64_t block) {
+  uint32_t* words = job.words + block * job.block_words();
+  const int64_t rows = job.tokens * job.splits;
+  for (int r = 0; r < R; r++) {
+    const int64_t row = block * R + r;
+    if (row >= rows) {  // filled up with zeros
+      for (int64_t i = 0; i < job.block_words() / R; i++) words[i * R + r] = 0;
+      for (int64_t s = 0; s < job.segments; s++) {
+        const int64_t place = (block * job.segments + s) * R + r;
+        if (job.xscale) job.xscale[place] = 0;
+        job.xsum[place] = 0;
+        job.start[place] = 0;
+      }
+    } else if (job.dot == Dot::u8) {
+      quantize_row<R>(job, a, row, r, words, block);
+    } else {
+      split_row<R>(job, a, row, r, words, block);
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,156 @@
+// See drive.h.
+#include "drive.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+namespace lowp {
+namespace {
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* found = chosen.load(std::memory_order_relaxed);
+  if (!found) {
+    found = pick_kernels("");
+    if (!found) throw std::runtime_error("lowp's CPU products want AVX2 with FMA, or AArch64: this machine has neither.");
+    chosen = found;
+  }
+  return *found;
+}
+
+// Memory that a thread keeps between calls, at 64 bytes.
+class Buffer {
+ public:
+  ~Buffer() { std::free(memory_); }
+  void* of(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = (bytes + 4095) / 4096 * 4096;
+      memory_ = std::aligned_alloc(64, static_cast<std::size_t>(size_));
+      if (!memory_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return memory_;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+thread_local Buffer packed, scratch;
+
+bool exact_in_bf16(const Weight& w) {
+  if (w.is_int) return true;
+  for (int i = 0; i < 1 << w.bits; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, &w.table[i], 4);
+    if (bits & 0xFFFF && w.table[i] == w.table[i]) return false;
+  }
+  return true;
+}
+
+bool sign_and_magnitude(const Weight& w) {
+  for (int i = 0; i < 128; i++) {
+    const float low = w.table[i], high = w.table[128 + i];
+    if (!(high == -low || (low != low && high != high))) return false;
+  }
+  return true;
+}
+
+Dot dot_of(const Weight& w, const Activation& a) {
+  if (a.quantized) return Dot::u8;
+  if (!kernels().has_bf16) return Dot::fp32;
+  if (!w.is_int && (w.bits == 7 || (w.bits == 8 && !sign_and_magnitude(w)))) return Dot::fp32;
+  return a.type == Type::bf16 || exact_in_bf16(w) ? Dot::bf16 : Dot::fp32;
+}
+
+// The longest run of columns, at most as many as are worked on at once, that no scale changes in.
+int64_t segment_of(const Weight& w, const Activation& a, Dot dot) {
+  const int64_t most = kColumns[static_cast<int>(dot)];
+  const int64_t common = std::gcd(w.group > 0 ? w.group : 0, a.quantized ? a.group : 0);  // 0: the same for a whole row
+  if (common == 0) return most;
+  for (int64_t size = common < most ? common : most; size >= 16; size--)
+    if (common % size == 0 && (size % kTileColumns == 0 || size == 16)) return size;
+  throw std::invalid_argument("lowp's CPU products want groups of 16 or multiples of 32 columns.");
+}
+
+struct Work {
+  const Kernels* kernels;
+  const Job* job;
+  const Activation* a;
+};
+
+void lay_out(Job& job) {
+  const int64_t words = job.blocks() * job.block_words(), numbers = job.blocks() * job.segments * job.block;
+  const int64_t gap = 16;  // numbers; each array begins at 64 bytes
+  auto whole = [=](int64_t n) { return (n + gap - 1) / gap * gap; };
+  uint32_t* at = static_cast<uint32_t*>(packed.of(4 * (whole(words) + 3 * whole(numbers) + 2 * whole(job.tokens))));
+  job.words = at;
+  job.xscale = reinterpret_cast<float*>(at + whole(words));
+  job.start = reinterpret_cast<int32_t*>(job.xscale + whole(numbers));
+  job.xsum = reinterpret_cast<float*>(job.start + whole(numbers));
+  job.shift = job.xsum + whole(numbers);
+  job.token_scale = job.shift + whole(job.tokens);
+}
+
+}  // namespace
+
+const char* use(const char* name) {
+  const Kernels* found = pick_kernels(name);
+  if (found) chosen = found;
+  return found ? found->name : nullptr;
+}
+
+void linear(const Weight& w, const Activation& a, const Result& y, Parallel parallel) {
+  if (a.tokens == 0 || w.n == 0) return;
+  if (w.k <= 0 || w.k % kTileColumns) throw std::invalid_argument("lowp's CPU products want K in multiples of 32.");
+  const Kernels& use = kernels();
+  Job job;
+  job.w = w;
+  job.dot = dot_of(w, a);
+  job.tokens = a.tokens;
+  if (job.dot == Dot::u8 && !w.is_int) job.w.offset = w.halves;
+  if (job.dot == Dot::bf16) job.splits = a.type == Type::bf16 ? 1 : a.type == Type::fp16 ? 2 : 3;
+  const int64_t rows = job.tokens * job.splits;
+  job.block = rows <= 2 ? static_cast<int>(rows) : rows <= 4 ? 4 : rows <= 8 ? 8 : kBlock;
+  job.segment = segment_of(w, a, job.dot);
+  job.segments = (w.k + job.segment - 1) / job.segment;
+  lay_out(job);
+  if (!a.asymmetric) job.shift = nullptr;
+  if (!a.quantized || a.group) job.token_scale = nullptr;
+  if (!a.quantized || !a.group) job.xscale = nullptr;
+  job.out = y.y;
+  job.out_type = y.type;
+  job.out_stride = y.stride;
+  job.bias = y.bias;
+  job.bias_type = y.bias_type;
+  Work work{&use, &job, &a};
+  const Body pack = [](int64_t begin, int64_t end, void* context) {
+    const Work& work = *static_cast<Work*>(context);
+    for (int64_t b = begin; b < end; b++) work.kernels->pack(*work.job, *work.a, b);
+  };
+  if (rows <= 8) {
+    pack(0, 1, &work);
+    const int64_t grain = 65536 / job.w.tile_bytes() + 1;  // a thread is worth waking for 64 KB
+    parallel(0, job.w.tiles(), grain, [](int64_t begin, int64_t end, void* context) {
+      const Work& work = *static_cast<Work*>(context);
+      work.kernels->few(*work.job, begin, end);
+    }, &work);
+    return;
+  }
+  parallel(0, job.blocks(), 8, pack, &work);
+  const int64_t panels = (job.w.tiles() + use.panel - 1) / use.panel;
+  parallel(0, panels, 1, [](int64_t begin, int64_t end, void* context) {
+    const Work& work = *static_cast<Work*>(context);
+    work.kernels->many(*work.job, begin, end, scratch.of(work.kernels->scratch(*work.job)));
+  }, &work);
+}
+
+}  // namespace lowp

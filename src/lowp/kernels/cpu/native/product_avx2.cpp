@@ -1,0 +1,5 @@
+// The products, compiled for one instruction set (CMakeLists.txt says which flags).
+#include "lanes_avx2.h"
+#include "product.h"
+
+const lowp::Kernels lowp::kAvx2 = {"avx2", false, Lanes::kPanel, run_pack, run_few, run_many, scratch_bytes};

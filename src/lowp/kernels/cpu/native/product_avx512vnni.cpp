@@ -1,0 +1,5 @@
+// The products, compiled for one instruction set (CMakeLists.txt says which flags).
+#include "lanes_avx512.h"
+#include "product.h"
+
+const lowp::Kernels lowp::kAvx512Vnni = {"avx512vnni", false, Lanes::kPanel, run_pack, run_few, run_many, scratch_bytes};

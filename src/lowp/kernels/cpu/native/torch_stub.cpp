@@ -1,0 +1,27 @@
+// An empty library that is named as torch's own and has the symbols of torch_shim.h: what the operators are linked to, so that the
+// loader asks for torch's library and finds the real one, which is in the process already.
+#define STUB(name) \
+  extern "C" void name() {}
+STUB(aoti_torch_delete_tensor_object)
+STUB(aoti_torch_get_dim)
+STUB(aoti_torch_get_numel)
+STUB(aoti_torch_get_sizes)
+STUB(aoti_torch_get_strides)
+STUB(aoti_torch_get_dtype)
+STUB(aoti_torch_get_data_ptr)
+STUB(aoti_torch_empty_strided)
+STUB(aoti_torch_device_type_cpu)
+STUB(aoti_torch_dtype_float32)
+STUB(aoti_torch_dtype_bfloat16)
+STUB(aoti_torch_dtype_float16)
+STUB(aoti_torch_dtype_int8)
+STUB(aoti_torch_dtype_uint8)
+STUB(aoti_torch_dtype_int32)
+STUB(aoti_torch_dtype_int64)
+STUB(aoti_torch_dtype_float8_e4m3fn)
+STUB(aoti_torch_library_init_impl)
+STUB(torch_library_impl)
+STUB(torch_list_size)
+STUB(torch_list_get_item)
+STUB(torch_delete_list)
+STUB(torch_parallel_for)

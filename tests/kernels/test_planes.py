@@ -1,0 +1,156 @@
+"""The CPU's products, on every instruction set that this machine has: shapes drawn at random against the reference, threads, NaN,
+views, and what torch asks of an operator. (The registry's own tests run every scheme on the best set.)"""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import lowp
+from lowp.kernels.cpu import library, planes
+from lowp.layouts import LAYOUTS
+from lowp.numerics import Format, Scheme
+from lowp.numerics.compare import relative_error
+from lowp.ops.linear import reference
+from lowp.ops.registry import kernels_of
+from lowp.tensor import QTensor
+
+SETS = ("avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot")
+(LINEAR,) = (kernel for kernel in kernels_of("linear") if kernel.name == "planes")
+pytestmark = pytest.mark.skipif(bool(library.missing()), reason=library.missing())
+
+
+@pytest.fixture(params=SETS)
+def instructions(request):
+    try:
+        library.use(request.param)
+    except lowp.LowpError:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    library.use()
+
+
+def drawn(scheme, shape, dtype=torch.float32):
+    return QTensor.quantize(torch.randn(shape, dtype=dtype) * 0.05, scheme).to_layout("planes")
+
+
+def shapes_for(scheme, count):
+    """Shapes that the layout takes: rows that fill no tile, columns that fill no panel, batches on both sides of 8."""
+    fmt, act = Scheme.parse(scheme).weight, Scheme.parse(scheme).act
+    blocks = [int(one.block.removeprefix("1x")) for one in (fmt, act or fmt) if one.block.startswith("1x")]
+    step = max([32, *blocks])
+    chosen = random.Random(scheme)
+    for _ in range(count):
+        yield (
+            chosen.choice((1, 2, 3, 4, 5, 8, 9, 16, 31)),
+            chosen.randint(1, 90),
+            step * chosen.randint(1, max(1, 1600 // step)),
+        )
+
+
+@pytest.mark.parametrize("scheme", planes._cases())
+def test_any_shape_on_any_instruction_set(scheme, instructions, poison):
+    for tokens, rows, columns in shapes_for(scheme, 4):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            if LAYOUTS["planes"].why_not(Format.parse(scheme.split("@")[0]), (rows, columns), "cpu"):
+                continue  # a block of the matrix that this shape has not
+            q = drawn(scheme, (rows, columns), dtype)
+            x, bias = torch.randn(tokens, columns + 8, dtype=dtype)[:, :columns], torch.randn(rows, dtype=dtype)
+            y = LINEAR.run(x, q.packed, q.spec, bias)
+            assert y.shape == (tokens, rows) and y.dtype == dtype
+            error = relative_error(reference(x, q.packed, q.spec, bias), y)
+            assert error <= q.format.tolerance(dtype), (tokens, rows, columns, dtype)
+
+
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16", "int4/1x32*bf16@int8/row+int8"])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_same_bits_on_any_number_of_threads(scheme, tokens):
+    q, x, before = drawn(scheme, (1024, 256)), torch.randn(tokens, 256), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(LINEAR.run(x, q.packed, q.spec, None))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16", "int4/1x32*bf16@int8/row", "int8/row@int8/1x32", "e4m3/row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_visible_and_in_its_token(scheme, dtype, bad, instructions):
+    q = drawn(scheme, (48, 128), dtype)
+    for tokens in (2, 12):
+        x = torch.randn(tokens, 128, dtype=dtype)
+        x[1, 5] = bad
+        y = LINEAR.run(x, q.packed, q.spec, None)
+        others = [i for i in range(tokens) if i != 1]
+        assert y[others].isfinite().all()
+        assert not y[1].isfinite().any() if "int4" not in scheme and bad != bad else not y[1].isfinite().all()
+
+
+def test_a_cut_of_rows_multiplies():
+    q, x = drawn("int4/1x32*bf16@int8/row+int8", (100, 128)), torch.randn(3, 128)
+    whole = LINEAR.run(x, q.packed, q.spec, None)
+    part = q[32:]
+    assert torch.equal(LINEAR.run(x, part.packed, part.spec, None), whole[:, 32:])
+
+
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16", "int4/1x64*bf16+int8@int8/row+int8", "nf4/1x64*int8/1x256"])
+def test_torch_accepts_the_operator(scheme):
+    q = drawn(scheme, (48, 128))
+    told = planes._told(q.scheme, (48, 128))
+    weight, sums = planes._weight(q.packed), q.packed.get("row_sum")
+    torch.library.opcheck(
+        torch.ops.lowp.planes_linear, (torch.randn(3, 128), *weight, sums, None, torch.randn(48), *told)
+    )
+    ids = torch.tensor([1, 5, 47])
+    torch.library.opcheck(torch.ops.lowp.planes_embedding, (ids, *weight, *told))
+
+
+def test_ids_beyond_the_table_and_wrong_sizes_are_errors():
+    q = drawn("int4/1x32*bf16", (48, 128))
+    told, weight = planes._told(q.scheme, (48, 128)), planes._weight(q.packed)
+    with pytest.raises(IndexError, match="out of range in a table of 48 rows: 48"):
+        torch.ops.lowp.planes_embedding(torch.tensor([48]), *weight, *told)
+    with pytest.raises((RuntimeError, ValueError), match="K = 128 columns side by side"):
+        torch.ops.lowp.planes_linear(torch.randn(3, 64), *weight, None, None, None, *told)
+    with pytest.raises((RuntimeError, ValueError), match="64 x 128 codes want 4096 contiguous bytes, got 3072"):
+        torch.ops.lowp.planes_linear(torch.randn(3, 128), *weight, None, None, None, *planes._told(q.scheme, (64, 128)))
+
+
+def test_an_instruction_set_that_is_not_here_is_an_error():
+    with pytest.raises(lowp.LowpError, match="use wants an instruction set that this CPU has, got 'abacus'"):
+        library.use("abacus")
+
+
+def test_a_tied_table_is_packed_once_and_compiles_to_one_graph():
+    torch._dynamo.reset()
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(96, 64), nn.Linear(64, 96, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids))
+
+    model = Tied().to(torch.bfloat16)
+    report = lowp.quantize_(model, {"*": "int4/1x32*bf16"})
+    assert model.head.weight is model.embed.weight and model.embed.weight.spec.layout == "planes"
+    assert [(row.kernel, row.tied) for row in report.rows] == [("planes", ("head.weight",))]
+    ids = torch.randint(0, 96, (2, 5))
+    assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(ids), model(ids))
+
+
+def test_without_the_library_lowp_says_why(monkeypatch):
+    monkeypatch.setattr(planes, "_MISSING", "wants lowp's C++ library, which was not built")
+    from lowp.ops.registry import Case, verdicts
+
+    case = Case(op="linear", scheme="int4/1x32*bf16", layout="planes")
+    found = {verdict.kernel.name: verdict for verdict in verdicts(case)}
+    assert found["planes"].why_not == "wants lowp's C++ library, which was not built"
+    assert found["dequantize"].chosen
