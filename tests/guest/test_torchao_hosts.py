@@ -27,6 +27,7 @@ def guest(requirement):
         pytest.param("peft_", 12, marks=guest("peft>=0.18 transformers>=5.0")),
         pytest.param("diffusers_", 6, marks=guest("diffusers>=0.36 accelerate>=1.10")),
         pytest.param("accelerate_", 3, marks=guest("accelerate>=1.10 transformers>=5.0")),
+        pytest.param("executorch_", 4, marks=guest("executorch>=1.5")),
     ],
 )
 def test_host(host, cases, tmp_path):
