@@ -68,7 +68,7 @@ class NF4Tensor(View):
         return self.dequantize()
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As torch's; `.to(dtype)` gives floats also where it is the dtype that this stands for, which torch would not ask about."""
+        """As torch's; `.to(dtype)` gives floats, also in the dtype that this stands for, which torch would answer with itself."""
         dtype = kwargs.get("dtype") or next((a for a in args[:1] if isinstance(a, torch.dtype)), None)
         if dtype is not None and dtype == self.dtype and "device" not in kwargs:
             return self.dequantize()
