@@ -23,7 +23,7 @@ help:
 	@echo 'make demo    quantize the bundled model in every format, measure and generate'
 	@echo 'make test    ruff, mypy, and all tests that this machine can run'
 	@echo 'make guests  install torchao, peft and diffusers: `make test` then tries them too'
-	@echo '$(GUESTS)'
+	@echo 'make $(GUESTS)'
 	@echo '             a host that wants an environment of its own, in .guests: install it and try it'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make format  let ruff mend what it can'
