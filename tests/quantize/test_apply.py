@@ -1,6 +1,7 @@
 """quantize_ on whole models: numbers, bytes, ties, reasons; nothing silent."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -162,3 +163,18 @@ def test_a_method_of_your_own_chooses_the_numbers():
     model = nn.Sequential(nn.Linear(64, 32))
     lowp.quantize_(model, "int8/row", method=own)
     assert (model[0].weight.parts().scale == 0.5).all()
+
+
+def test_a_method_that_takes_any_number_is_given_them():
+    seen = []
+
+    def run(weight, fmt):
+        seen.append(int(weight.isnan().sum()))
+        return quantize(weight.nan_to_num(0.0), fmt)
+
+    weight = torch.randn(64, 64)
+    weight[3, 5] = float("nan")
+    forgiving = Method(name="forgiving", about="", run=run, why_not=lambda fmt: "", takes_any=True)
+    assert quantize_weight(weight, "int8/row", method=forgiving).dequantize().isfinite().all() and seen == [1]
+    with pytest.raises(MisfitError, match="1 NaN"):
+        quantize_weight(weight, "int8/row", method=dataclasses.replace(forgiving, takes_any=False))

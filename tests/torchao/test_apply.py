@@ -268,3 +268,26 @@ def test_a_symmetric_bit_is_refused():
         layer, CONFIGS["IntxWeightOnlyConfig"](torch.int1, PerGroup(32), MappingType.ASYMMETRIC), lambda m, n: True
     )
     assert isinstance(layer.weight, TENSORS["IntxUnpackedToInt8Tensor"])
+
+
+@pytest.mark.parametrize("row", CONFIG_ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_memory_that_is_filled_later_can_be_quantized(row, dtype):
+    """As vLLM loads: quantize what torch.empty left there, then copy quantized weights into slices of it."""
+    config = row_config(row) if "Static" not in row.name else CONFIGS[row.name](act_quant_scale=torch.ones(()))
+    every = lambda module, name: True  # noqa: E731
+    junk = torch.randint(-(2**15), 2**15, (256, 256 * dtype.itemsize // 2), dtype=torch.int16).view(dtype)
+    junk[7, :5] = float("nan")
+    place, halves = nn.Linear(256, 256, False, dtype=dtype), [nn.Linear(256, 128, False, dtype=dtype) for _ in range(2)]
+    place.weight = nn.Parameter(junk.clone(), requires_grad=False)
+    with pytest.warns(UserWarning, match=f"{row.name} takes .* for 0"):
+        quantize_(place, config, every)
+    for half in halves:
+        quantize_(half, config, every)
+    if place.weight.format.block == "tensor" or place.weight.format.nested or "/tensor" in str(place.weight.format):
+        return  # one scale for all rows: no such weight is loaded by halves
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layouts that cannot be cut
+        for i, half in enumerate(halves):
+            place.weight.data.narrow(0, 128 * i, 128).copy_(half.weight)
+    assert torch.equal(place.weight.dequantize(), torch.cat([half.weight.dequantize() for half in halves]))

@@ -209,6 +209,16 @@ def test_sizes_are_of_what_is_stored():
 # -- NF4 --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nf4_turns_to_floats_where_a_dtype_is_asked_for(dtype):
+    """Its own dtype too: QDoRA adds the answer to the adapters' product. Moving a module leaves its weights as they are."""
+    layer = nn.Linear(64, 64, bias=False)
+    layer.weight = nn.Parameter(to_nf4(torch.randn(64, 64)), requires_grad=False)
+    for floats in (layer.weight.to(dtype), layer.weight.to(dtype=dtype)):
+        assert type(floats) is torch.Tensor and torch.equal(floats, layer.weight.dequantize(dtype))
+    assert isinstance(layer.to(torch.float32).weight, NF4Tensor) and isinstance(layer.to("cpu").weight, NF4Tensor)
+
+
 def test_nf4_as_torchtune_uses_it():
     floats = torch.randn(96, 64)  # no multiple of 64 * 256 numbers: torchao refuses it
     w = to_nf4(floats)

@@ -110,14 +110,15 @@ def quantize_weight(
     """
     if isinstance(weight, QTensor):
         raise QuantizedError(f"{name} is quantized already ({weight.scheme}): dequantize() it first.")
-    check_finite(weight, name)
+    chosen = method_of(method)
+    if not chosen.takes_any:
+        check_finite(weight, name)
     parsed = Scheme.parse(scheme)
     matrix = weight.detach()
     if kind == "conv":
         matrix = matrix.flatten(1)
     elif kind == "conv1d":
         matrix = matrix.t()
-    chosen = method_of(method)
     if chosen.why_not(parsed.weight):
         chosen = METHODS["absmax"]
     with torch.no_grad():
@@ -174,7 +175,7 @@ def quantize_(
     if strict:
         _refuse_fallbacks([row for _, row in rows])
     for target, row in rows:
-        if row.scheme is not None and target.weight.device.type != "meta":
+        if row.scheme is not None and target.weight.device.type != "meta" and not method_of(method).takes_any:
             check_finite(target.weight, target.fqn)
     done = [_carry_out(model, target, row, method, device) for target, row in rows]
     if device is not None:

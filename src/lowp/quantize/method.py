@@ -29,12 +29,14 @@ class Method:
         about: one line.
         run: weight (..., N, K) float32 and format -> parts.
         why_not: format -> "" or one sentence why it does not apply; such a layer is quantized by absmax, and the report says so.
+        takes_any: it answers NaN and infinity too, and says so itself; weights with one are an error otherwise.
     """
 
     name: str
     about: str
     run: Callable[[Tensor, Format], Parts]
     why_not: Callable[[Format], str]
+    takes_any: bool = False
 
 
 def _mse(weight: Tensor, fmt: Format) -> Parts:

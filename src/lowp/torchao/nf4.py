@@ -67,6 +67,13 @@ class NF4Tensor(View):
         """The values, as floats of its dtype."""
         return self.dequantize()
 
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As torch's; `.to(dtype)` gives floats, also in the dtype that this stands for, which torch would answer with itself."""
+        dtype = kwargs.get("dtype") or next((a for a in args[:1] if isinstance(a, torch.dtype)), None)
+        if dtype is not None and dtype == self.dtype and "device" not in kwargs:
+            return self.dequantize()
+        return super().to(*args, **kwargs)
+
     @classmethod
     def from_tensor(cls, input_tensor: Tensor, block_size: int = 64, scaler_block_size: int = 256) -> NF4Tensor:
         """Quantize a float tensor whose last axis is a multiple of block_size."""

@@ -16,6 +16,7 @@ when it is rounded to the scale's dtype again: its relative error is below 2**-2
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -35,8 +36,25 @@ _MSLK_SMALLEST = 1e-6  # the smallest range of a group
 
 
 def method(name: str, run: Numbers) -> Method:
-    """A method that carries a family's numbers out."""
-    return Method(name=f"torchao's {name}", about="the numbers of torchao 0.18", run=run, why_not=lambda fmt: "")
+    """A method that carries a family's numbers out.
+
+    Hosts quantize memory that nothing has been written to yet, as the place for weights that they load afterwards (vLLM does), so
+    NaN and infinity are no error here: they count as 0, with a warning.
+    """
+
+    def of_finite(weight: Tensor, fmt: Format) -> Parts:
+        if weight.device.type != "meta" and not weight.isfinite().all():
+            bad = int((~weight.isfinite()).sum())
+            warnings.warn(
+                f"{name} takes {bad} NaN or infinite numbers of a weight {tuple(weight.shape)} for 0: right for memory that is "
+                "filled later, a damaged checkpoint otherwise.",
+                stacklevel=2,
+            )
+            weight = weight.nan_to_num(0.0, 0.0, 0.0)
+        return run(weight, fmt)
+
+    about = "the numbers of torchao 0.18"
+    return Method(name=f"torchao's {name}", about=about, run=of_finite, why_not=lambda fmt: "", takes_any=True)
 
 
 def blocks_of(fmt: Format, weight: Tensor) -> tuple[int, ...]:

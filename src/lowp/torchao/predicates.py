@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from ..errors import MisfitError
 from ..tensor import QTensor
 from .base import TorchAOBaseTensor
+from .export import Exported, can_export
 
 # -- the machine ------------------------------------------------------------------------------------------------------------
 
@@ -268,6 +269,7 @@ class UnwrapTensorSubclass(nn.Module):
         return plain
 
     def _take_apart(self, tensor: Tensor, plain: list[Tensor]) -> Any:
+        tensor = Exported.of(tensor) if can_export(tensor) else tensor
         names, context = tensor.__tensor_flatten__()
         inside = []
         for name in names:

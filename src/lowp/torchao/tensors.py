@@ -205,6 +205,7 @@ class Float8Tensor(View):
 class IntxUnpackedToInt8Tensor(View):
     """int1 to int8 weights, shown one to a byte and stored at their true width."""
 
+    exports = True  # in the form of `export.py`
     tensor_data_names = ["qdata", "scale", "zero_point"]
     tensor_attribute_names = ["target_dtype", "block_size", "dtype", "activation_quantization"]
     _arguments = ("qdata", "scale", "zero_point", "target_dtype", "block_size", "dtype", "activation_quantization")

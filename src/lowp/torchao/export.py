@@ -1,0 +1,119 @@
+"""Weights of 1 to 8 bits as exporters look for them: torchao's operators in the graph, on plain tensors of one code to a byte.
+
+    weight       dequantize_affine(qdata int8 (N, K), [1, g], scale, zero_point, int8, qmin, qmax)
+    activation   choose_qparams_affine -> quantize_affine -> dequantize_affine, int8, a scale and a zero point for each token
+    linear       aten.linear of the two
+
+A backend (ExecuTorch's XNNPACK) recognises these nodes and puts its own int8 x int4 product in their place; the numbers are those
+of the quantized model. Our own weights are stored packed, which no backend reads: `Exported` is what stands for one in a graph.
+
+Source: ExecuTorch's `backends/xnnpack/partition/config`, which names the operators.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TensorRuleError
+from ..numerics import ELEMENTS
+from .base import TorchAOBaseTensor
+from .spelling import element_of
+
+aten = torch.ops.aten
+_ACT = "int8_asym_per_token"
+
+
+class Exported(TorchAOBaseTensor):
+    """A quantized matrix as codes, scales and zero points, which multiplies by torchao's operators.
+
+    Args:
+        qdata: int8 (N, K), one code to a byte. scale: (N, K / group), floating point. zero_point: int8, like scale.
+        target_dtype: the integer that the codes are, such as torch.int4. block_size: elements of each axis that share a scale.
+        dtype: the float dtype that it stands for. activation_quantization: "int8_asym_per_token" or None.
+    """
+
+    tensor_data_names = ["qdata", "scale", "zero_point"]
+    tensor_attribute_names = ["target_dtype", "block_size", "dtype", "activation_quantization"]
+
+    @staticmethod
+    def __new__(
+        cls: type[Exported],
+        qdata: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        target_dtype: torch.dtype,
+        block_size: tuple[int, ...],
+        dtype: torch.dtype,
+        activation_quantization: str | None,
+    ) -> Exported:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, qdata.shape, dtype=dtype, device=qdata.device, requires_grad=False
+        )
+        self.qdata, self.scale, self.zero_point = qdata, scale, zero_point
+        self.target_dtype, self.block_size = target_dtype, tuple(block_size)
+        self.activation_quantization = activation_quantization
+        return self
+
+    @classmethod
+    def of(cls, weight: Any) -> Exported:
+        """From one of torchao's tensors that shows its codes one to a byte."""
+        parts = weight.torchao_tensors()
+        return cls(
+            parts["qdata"].contiguous(),
+            parts["scale"],
+            parts["zero_point"],
+            weight.target_dtype,
+            weight.block_size,
+            weight.dtype,
+            weight.activation_quantization,
+        )
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """The values, by torchao's operator."""
+        element = ELEMENTS[element_of(self.target_dtype)]
+        return torch.ops.torchao.dequantize_affine(
+            self.qdata, list(self.block_size), self.scale, self.zero_point, torch.int8, int(element.qmin), int(element.qmax),
+            output_dtype=output_dtype or self.dtype,
+        )  # fmt: skip
+
+
+def can_export(weight: Any) -> bool:
+    """Whether a weight has this form, and torch has the operators (they are there while the redirect stands)."""
+    shows = getattr(type(weight), "exports", False) and weight.activation_quantization in (None, _ACT)
+    return bool(shows) and torch._C._dispatch_has_kernel("torchao::dequantize_affine")
+
+
+def quantized_and_back(x: Tensor) -> Tensor:
+    """An activation (..., K) through asymmetric int8, a scale for each token, by torchao's operators."""
+    ops, block = torch.ops.torchao, [*([1] * (x.dim() - 1)), x.shape[-1]]
+    eps = torch.finfo(torch.float32).eps
+    scale, zero = ops.choose_qparams_affine(
+        x, "ASYMMETRIC", block, torch.int8, -128, 127, eps, torch.float32, torch.int8
+    )
+    q = ops.quantize_affine(x, block, scale, zero, torch.int8, -128, 127)
+    return ops.dequantize_affine(q, block, scale, zero, torch.int8, -128, 127, output_dtype=x.dtype)
+
+
+@Exported.implements_torch_function(
+    torch.nn.functional.linear
+)  # before it is taken apart into a transposition and a product
+@Exported.implements(aten.linear.default)
+def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    x, weight, bias = (*args, kwargs.get("bias"))[:3]
+    if isinstance(x, Exported):
+        raise TensorRuleError("linear wants a float activation, got a quantized one: dequantize it first.")
+    x = x if weight.activation_quantization is None else quantized_and_back(x)
+    return func(x, weight.dequantize(x.dtype), bias)
+
+
+@Exported.implements(aten.embedding.default)
+def _embedding(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    return func(args[0].dequantize(), *args[1:], **kwargs)
+
+
+@Exported.implements_torch_function(torch.nn.functional.embedding)
+def _looked_up(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    return func(args[0], args[1].dequantize(), *args[2:], **kwargs)
