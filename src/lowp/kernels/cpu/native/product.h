@@ -23,9 +23,8 @@ struct OfBytes {
   using Word = Lanes::W;
   static Sum start(int32_t v) { return Lanes::spread(v); }
   static Sum zero() { return Lanes::zero_i(); }
-  static Sum add(Sum sum, Word w, uint32_t x, bool wide) {
-    return Lanes::dot(sum, w, x, wide);
-  }
+  static Word spread(uint32_t x) { return Lanes::spread_word(x); }
+  LOWP_INLINE static Sum add(Sum sum, Word w, Word x, bool wide) { return Lanes::dot(sum, w, x, wide); }
   static Lanes::F value(Sum sum) { return Lanes::to_float(sum); }
   static Word load(const uint8_t* p) { return Lanes::load(p); }
   static void store(uint8_t* p, Word w) { Lanes::store(p, w); }
@@ -38,9 +37,8 @@ struct OfFloats {
   using Word = Lanes::F;
   static Sum start(int32_t) { return Lanes::zero_f(); }
   static Sum zero() { return Lanes::zero_f(); }
-  static Sum add(Sum sum, Word w, uint32_t x, bool) {
-    return Lanes::fma(w, Lanes::spread(from_bits(static_cast<int32_t>(x))), sum);
-  }
+  static Word spread(uint32_t x) { return Lanes::spread(from_bits(static_cast<int32_t>(x))); }
+  LOWP_INLINE static Sum add(Sum sum, Word w, Word x, bool) { return Lanes::fma(w, x, sum); }
   static Lanes::F value(Sum sum) { return sum; }
   static Word load(const uint8_t* p) { return Lanes::load_f(reinterpret_cast<const float*>(p)); }
   static void store(uint8_t* p, Word w) { Lanes::store_f(reinterpret_cast<float*>(p), w); }
@@ -54,9 +52,8 @@ struct OfPairs {
   using Word = Lanes::W;
   static Sum start(int32_t) { return Lanes::zero_f(); }
   static Sum zero() { return Lanes::zero_f(); }
-  static Sum add(Sum sum, Word w, uint32_t x, bool) {
-    return PairTables::dot(sum, w, x);
-  }
+  static Word spread(uint32_t x) { return Lanes::spread_word(x); }
+  LOWP_INLINE static Sum add(Sum sum, Word w, Word x, bool) { return PairTables::dot(sum, w, x); }
   static Lanes::F value(Sum sum) { return sum; }
   static Word load(const uint8_t* p) { return Lanes::load(p); }
   static void store(uint8_t* p, Word w) { Lanes::store(p, w); }
@@ -236,43 +233,50 @@ inline int64_t columns_at_once(const Job& job) {
   return kColumns[static_cast<int>(job.dot)] / job.segment * job.segment;
 }
 
-// A block of R rows times T tiles, over some segments: the sums (R, 16 T) in `total` grow.
-template <class Of, int R, int T>
+// A block of R rows times T tiles of a panel, over some segments: the sums (R, 16 of a panel) in `total` grow. They stay in registers
+// meanwhile (`Held`) where these suffice.
+template <class Of, int R, int T, int Panel, bool Held>
 void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t segments, const uint8_t* lines, const float* scales,
                        const float* zeros, float* total) {
   constexpr int Chains = R * T == 1 ? 4 : R * T == 2 ? 2 : 1;  // sums of their own where one would wait for itself
   const bool wide = job.w.bits == 8;
-  const uint32_t* words = job.words + block * job.block_words() + first * job.segment / 4 * Of::steps * R;
-  for (int64_t s = 0; s < segments; s++) {
-    const int64_t place = (block * job.segments + first + s) * R;
+  const int64_t place = (block * job.segments + first) * R, segment = job.segment;
+  const uint32_t* words = job.words + block * job.block_words() + first * segment / 4 * Of::steps * R;
+  const int32_t* start = job.start + place;
+  const float* xsum = job.w.zero ? job.xsum + place : nullptr;
+  const float* xscale = job.xscale ? job.xscale + place : nullptr;
+  Lanes::F held[R][T];
+  if constexpr (Held)
+    unroll<0, R>([&](auto r) LOWP_INLINE {
+      unroll<0, T>([&](auto t) LOWP_INLINE { held[r.value][t.value] = Lanes::load_f(total + (r.value * Panel + t.value) * 16); });
+    });
+  int64_t left = job.w.k - first * segment;
+  for (int64_t s = 0; s < segments; s++, left -= segment) {
     typename Of::Sum sums[R][T][Chains];
     unroll<0, R>([&](auto r) LOWP_INLINE {
       unroll<0, T>([&](auto t) LOWP_INLINE {
-        sums[r.value][t.value][0] = Of::start(job.start[place + r.value]);
+        sums[r.value][t.value][0] = Of::start(start[s * R + r.value]);
         unroll<1, Chains>([&](auto c) LOWP_INLINE { sums[r.value][t.value][c.value] = Of::zero(); });
       });
     });
-    const int64_t begin = (first + s) * job.segment;
-    const int64_t columns = job.w.k - begin < job.segment ? job.w.k - begin : job.segment;
-    for (int64_t i = 0; i < columns / 4 * Of::steps; i += 4) {
+    const uint8_t* past = lines + (left < segment ? left : segment) / 4 * Of::steps * Panel * 64;
+    do {
       unroll<0, 4>([&](auto u) LOWP_INLINE {
         typename Of::Word w[T];
-        unroll<0, T>([&](auto t) LOWP_INLINE { w[t.value] = Of::load(lines + (u.value * T + t.value) * 64); });
+        unroll<0, T>([&](auto t) LOWP_INLINE { w[t.value] = Of::load(lines + (u.value * Panel + t.value) * 64); });
         unroll<0, R>([&](auto r) LOWP_INLINE {
-          const uint32_t x = words[u.value * R + r.value];
+          const typename Of::Word x = Of::spread(words[u.value * R + r.value]);
           unroll<0, T>([&](auto t) LOWP_INLINE {
             auto& sum = sums[r.value][t.value][u.value % Chains];
             sum = Of::add(sum, w[t.value], x, wide);
           });
         });
       });
-      lines += 4 * T * 64;
+      lines += 4 * Panel * 64;
       words += 4 * R;
-    }
-    const float* xsum = job.w.zero ? job.xsum + place : nullptr;
-    const float* xscale = job.xscale ? job.xscale + place : nullptr;
+    } while (lines < past);
     unroll<0, T>([&](auto t) LOWP_INLINE {
-      const Lanes::F scale = Lanes::load_f(scales + (s * T + t.value) * 16);
+      const Lanes::F scale = Lanes::load_f(scales + (s * Panel + t.value) * 16);
       Lanes::F values[R];
       unroll<0, R>([&](auto r) LOWP_INLINE {
         typename Of::Sum sum = sums[r.value][t.value][0];
@@ -280,19 +284,42 @@ void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t seg
         values[r.value] = Of::value(sum);
       });
       if (xsum) {
-        const Lanes::F zero = Lanes::load_f(zeros + (s * T + t.value) * 16);
+        const Lanes::F zero = Lanes::load_f(zeros + (s * Panel + t.value) * 16);
         unroll<0, R>([&](auto r) LOWP_INLINE {
-          values[r.value] = Lanes::fnma(zero, Lanes::spread(xsum[r.value]), values[r.value]);
+          values[r.value] = Lanes::fnma(zero, Lanes::spread(xsum[s * R + r.value]), values[r.value]);
         });
       }
       if (xscale)
-        unroll<0, R>([&](auto r) LOWP_INLINE { values[r.value] = Lanes::mul(values[r.value], Lanes::spread(xscale[r.value])); });
+        unroll<0, R>([&](auto r) LOWP_INLINE { values[r.value] = Lanes::mul(values[r.value], Lanes::spread(xscale[s * R + r.value])); });
       unroll<0, R>([&](auto r) LOWP_INLINE {
-        float* to = total + (r.value * T + t.value) * 16;
-        Lanes::store_f(to, Lanes::fma(values[r.value], scale, Lanes::load_f(to)));
+        float* to = total + (r.value * Panel + t.value) * 16;
+        if constexpr (Held)
+          held[r.value][t.value] = Lanes::fma(values[r.value], scale, held[r.value][t.value]);
+        else
+          Lanes::store_f(to, Lanes::fma(values[r.value], scale, Lanes::load_f(to)));
       });
     });
+    if constexpr (!Held) asm volatile("" ::: "memory");  // else GCC keeps the sums on the stack as well
   }
+  if constexpr (Held)
+    unroll<0, R>([&](auto r) LOWP_INLINE {
+      unroll<0, T>([&](auto t) LOWP_INLINE { Lanes::store_f(total + (r.value * Panel + t.value) * 16, held[r.value][t.value]); });
+    });
+}
+
+// A block times a panel. Where segments are short, half of the tiles at a time: then the sums over segments fit in registers beside
+// those of a segment (2 x 10 and 3), and reading and writing them would cost more than reading the words of x twice.
+template <class Of, int R>
+void block_times_panel(const Job& job, int64_t block, int64_t first, int64_t segments, const uint8_t* lines, const float* scales,
+                       const float* zeros, float* total) {
+  constexpr int Panel = Lanes::kPanel, Half = Panel / 2;
+  if constexpr (Half > 0 && Of::dot == Dot::u8)
+    if (job.segment <= 64) {
+      for (int t = 0; t < Panel; t += Half)
+        block_times_lines<Of, R, Half, Panel, true>(job, block, first, segments, lines + 64 * t, scales + 16 * t, zeros + 16 * t, total + 16 * t);
+      return;
+    }
+  block_times_lines<Of, R, Panel, Panel, false>(job, block, first, segments, lines, scales, zeros, total);
 }
 
 // -- few rows ---------------------------------------------------------------------------------------------------------
@@ -315,7 +342,7 @@ void few_by_lines(const Job& job, UnpackColumns unpack, int64_t first_tile, int6
       for (int64_t i = 0; i < count / kTileColumns * 64 * w.bits; i += 64) Lanes::prefetch(codes_at + kAhead + i);
       unpack(w, codes_at, count, lines, 64);
       read_scales(w, tile, job.segment, s, segments, 16, scale_factor(job), scales, zeros);
-      block_times_lines<Of, R, 1>(job, 0, s, segments, lines, scales, zeros, total);
+      block_times_lines<Of, R, 1, 1, false>(job, 0, s, segments, lines, scales, zeros, total);
     }
     for (int64_t t = 0; t < job.tokens; t++) write_tile(job, tile, t, total + t * job.splits * 16, 16);
   }
@@ -357,7 +384,7 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
               constexpr int at = q.value * Of::steps + step.value;
               unroll<0, R>([&](auto r) LOWP_INLINE {
                 auto& sum = sums[r.value][at % Chains];
-                sum = Of::add(sum, word, words[at * R + r.value], Unpack::bits == 8);
+                sum = Of::add(sum, word, Of::spread(words[at * R + r.value]), Unpack::bits == 8);
               });
             });
           });
@@ -422,7 +449,7 @@ void many_rows(const Job& job, UnpackColumns unpack, int64_t first_panel, int64_
         const int64_t segments = job.segments - s < per ? job.segments - s : per;
         open_panel(job, unpack, panel, s, segments, lines, scales, zeros);
         for (int64_t b = 0; b < blocks; b++)
-          block_times_lines<Of, lowp::kBlock, Lanes::kPanel>(job, block0 + b, s, segments, lines, scales, zeros, totals + b * block_numbers);
+          block_times_panel<Of, lowp::kBlock>(job, block0 + b, s, segments, lines, scales, zeros, totals + b * block_numbers);
       }
       const int64_t row0 = block0 * lowp::kBlock, past = row0 + blocks * lowp::kBlock;
       const int64_t first_token = (row0 + job.splits - 1) / job.splits;
