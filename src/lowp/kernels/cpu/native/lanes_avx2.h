@@ -134,6 +134,21 @@ struct Lanes {
   static __m256 widen(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
   static F load_bf16(const void* p) { return {widen(half(p, 0)), widen(half(p, 1))}; }
   static F load_fp16(const void* p) { return {_mm256_cvtph_ps(half(p, 0)), _mm256_cvtph_ps(half(p, 1))}; }
+  // e4m3 by way of fp16, which has a bit of exponent more: 2^8 times too small.
+  static __m256i halves_of_e4m3(const void* p) {
+    const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))), size = _mm256_set1_epi16(127);
+    const __m256i sign = _mm256_and_si256(v, _mm256_set1_epi16(INT16_MIN)), code = _mm256_and_si256(v, size);
+    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(code, size), _mm256_set1_epi16(0x7E00));
+    return _mm256_or_si256(_mm256_or_si256(sign, nan), _mm256_slli_epi16(code, 7));
+  }
+  static F load_e4m3(const void* p) {
+    const __m256i v = halves_of_e4m3(p);
+    return mul({_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))}, spread(256.0f));
+  }
+  static F load_int8(const void* p) {
+    const __m128i v = half(p, 0);
+    return to_float({_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))});
+  }
   static void store_fp16(void* p, F v) {
     __m128i* q = static_cast<__m128i*>(p);
     _mm_storeu_si128(q, _mm256_cvtps_ph(v.a, 0));

@@ -109,15 +109,10 @@ inline void read_run(const void* p, Type type, int64_t i, int64_t count, float* 
       const int32_t code = bytes[r], bits = code == 255 ? 0x7FC00000 : code << 23;
       out[r] = from_bits(code ? bits : 0x00400000);
     }
-  } else if (type == Type::e4m3) {  // by way of fp16, which has a bit of exponent more: 2^8 times too small
-    alignas(64) uint16_t half[512];
-    for (int64_t r = 0; r < count; r++) {
-      const int size = bytes[r] & 127, sign = (bytes[r] & 128) << 8;
-      half[r] = static_cast<uint16_t>(sign | (size == 127 ? 0x7E00 : size << 7));
-    }
-    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::mul(Lanes::load_fp16(half + r), Lanes::spread(256.0f)));
+  } else if (type == Type::e4m3) {
+    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::load_e4m3(bytes + r));
   } else if (type == Type::int8) {
-    for (int64_t r = 0; r < count; r++) out[r] = static_cast<const int8_t*>(p)[i + r];
+    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::load_int8(bytes + r));
   } else if (type == Type::uint8) {
     for (int64_t r = 0; r < count; r++) out[r] = bytes[r];
   } else {
@@ -128,19 +123,24 @@ inline void read_run(const void* p, Type type, int64_t i, int64_t count, float* 
 // Scales that are codes themselves: (code - zero) * scale of their block, never below the smallest normal number.
 inline void read_nested(const Weight& w, int64_t row, int64_t rows, int64_t group, int64_t count, float* scale) {
   const int64_t columns = w.k / w.group / w.nest_columns;
-  alignas(64) float by[16], less[16];
-  int64_t left = 0;  // groups until the next block
+  alignas(64) float by[16] = {}, minus[16] = {};
+  int64_t left = w.nest_columns - group % w.nest_columns;  // groups until the next block
   for (int64_t g = 0; g < count; g++, left--) {
-    if (left == 0 || g == 0) {
-      left = w.nest_columns - (group + g) % w.nest_columns;
-      for (int64_t r = 0; r < kTileRows; r++) {
-        const int64_t place = (row + (r < rows ? r : 0)) / w.nest_rows * columns + (group + g) / w.nest_columns;
+    if (left == 0) left = w.nest_columns;
+    if (g == 0 || left == w.nest_columns) {
+      int64_t place = row / w.nest_rows * columns + (group + g) / w.nest_columns, below = w.nest_rows - row % w.nest_rows;
+      for (int64_t r = 0; r < rows; r++, below--) {
+        if (below == 0) {
+          below = w.nest_rows;
+          place += columns;
+        }
         by[r] = w.scale_scale[place];
-        less[r] = w.scale_zero ? w.scale_zero[place] : 0.0f;
+        if (w.scale_zero) minus[r] = -w.scale_zero[place];
       }
     }
     float* to = scale + g * kTileRows;
-    for (int64_t r = 0; r < kTileRows; r++) to[r] = stored((to[r] - less[r]) * by[r]);
+    const Lanes::F value = Lanes::mul(Lanes::add(Lanes::load_f(to), Lanes::load_f(minus)), Lanes::load_f(by));
+    Lanes::store_f(to, Lanes::larger(Lanes::spread(kTiny), value));
   }
 }
 
@@ -150,7 +150,7 @@ inline void read_scales(const Weight& w, int64_t tile, int64_t segment, int64_t 
                         float* scale, float* zero) {
   const int64_t row = tile * kTileRows, rows = w.n - row < kTileRows ? w.n - row : kTileRows;
   alignas(64) float scales[512], zeros[512];
-  int64_t per = count, group = 0, groups = 1;  // segments of a group
+  int64_t per = count, past = 0;  // segments of a group, and those of the first that came before
   if (w.group <= 0) {
     for (int64_t r = 0; r < kTileRows; r++) {
       const int64_t place = w.group < 0 ? 0 : row + (r < rows ? r : rows - 1);
@@ -159,20 +159,21 @@ inline void read_scales(const Weight& w, int64_t tile, int64_t segment, int64_t 
     }
   } else {
     per = w.group / segment;
-    group = first / per;
-    groups = (first + count - 1) / per - group + 1;
+    const int64_t group = first / per, groups = (first + count - 1) / per - group + 1;
     const int64_t place = (tile * (w.k / w.group) + group) * kTileRows;
-    if (per == 1 && stride == kTileRows && by == 1.0f && !w.scale_scale) {
-      read_run(w.scale, w.scale_type, place, groups * kTileRows, scale);
-      if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zero);
-      return;
-    }
-    read_run(w.scale, w.scale_type, place, groups * kTileRows, scales);
-    if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zeros);
-    if (w.scale_scale) read_nested(w, row, rows, group, groups, scales);
+    const bool in_place = per == 1 && stride == kTileRows && by == 1.0f;
+    float *scales_at = in_place ? scale : scales, *zeros_at = in_place ? zero : zeros;
+    past = first - group * per;
+    read_run(w.scale, w.scale_type, place, groups * kTileRows, scales_at);
+    if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zeros_at);
+    if (w.scale_scale) read_nested(w, row, rows, group, groups, scales_at);
+    if (in_place) return;
   }
-  for (int64_t s = 0; s < count; s++) {
-    const int64_t from = (groups == 1 ? 0 : (first + s) / per - group) * kTileRows;
+  for (int64_t s = 0, from = 0; s < count; s++, past++) {
+    if (past == per) {
+      past = 0;
+      from += kTileRows;
+    }
     Lanes::store_f(scale + s * stride, Lanes::mul(Lanes::load_f(scales + from), Lanes::spread(by)));
     if (w.zero) Lanes::store_f(zero + s * stride, Lanes::load_f(zeros + from));
   }
@@ -348,11 +349,12 @@ void few_by_lines(const Job& job, UnpackColumns unpack, int64_t first_tile, int6
   }
 }
 
-// One or two rows, decoded in registers: nothing but the weight goes through memory.
-template <class Of, class Unpack, int R>
+// One or two rows, decoded in registers: nothing but the weight goes through memory. `Parts` segments are side by side in a tile of
+// 32 columns: 2 where they have 16, else 1.
+template <class Of, class Unpack, int R, int Parts>
 void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
   // Sums beside one another: a dot product takes 4 cycles or more, and where codes are narrow many fall due before the next line.
-  constexpr int Chains = R == 1 && (Of::dot != Dot::u8 || Unpack::bits < 3) ? 4 : 2;
+  constexpr int Chains = R * Parts == 1 && (Of::dot != Dot::u8 || Unpack::bits < 3) ? 4 : 2;
   constexpr int tile_words = 8 * Of::steps * R;  // of x for 32 columns
   const Weight& w = job.w;
   const Unpack unpack(w);
@@ -370,11 +372,12 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
       read_scales(w, tile, segment, first, count, 16, scale_factor(job), scales, zeros);
       const int32_t* start = job.start + first * R;
       int64_t left = columns - first * segment;
-      for (int64_t s = 0; s < count; s++, start += R, left -= segment) {
-        typename Of::Sum sums[R][Chains];
-        unroll<0, R>([&](auto r) LOWP_INLINE {
-          unroll<1, Chains>([&](auto c) LOWP_INLINE { sums[r.value][c.value] = Of::zero(); });
-          sums[r.value][0] = Of::start(start[r.value]);
+      for (int64_t s = 0; s < count; s += Parts, start += Parts * R, left -= Parts * segment) {
+        typename Of::Sum sums[Parts][R][Chains];
+        unroll<0, Parts * R>([&](auto i) LOWP_INLINE {
+          auto& row = sums[i.value / R][i.value % R];
+          unroll<1, Chains>([&](auto c) LOWP_INLINE { row[c.value] = Of::zero(); });
+          row[0] = Of::start(start[i.value]);
         });
         const uint8_t* past = codes_at + (left < segment ? left : segment) / kTileColumns * 64 * Unpack::bits;
         do {
@@ -383,7 +386,7 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
             unpack.template quad<q.value>(codes_at, [&](auto step, typename Of::Word word) LOWP_INLINE {
               constexpr int at = q.value * Of::steps + step.value;
               unroll<0, R>([&](auto r) LOWP_INLINE {
-                auto& sum = sums[r.value][at % Chains];
+                auto& sum = sums[q.value * Parts / 8][r.value][at % Chains];
                 sum = Of::add(sum, word, Of::spread(words[at * R + r.value]), Unpack::bits == 8);
               });
             });
@@ -391,15 +394,15 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
           codes_at += 64 * Unpack::bits;
           words += tile_words;
         } while (codes_at < past);
-        const Lanes::F scale = Lanes::load_f(scales + 16 * s);
-        unroll<0, R>([&](auto r) LOWP_INLINE {
-          typename Of::Sum sum = sums[r.value][0];
-          unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[r.value][c.value]); });
+        unroll<0, Parts * R>([&](auto i) LOWP_INLINE {
+          constexpr int part = i.value / R, r = i.value % R;
+          typename Of::Sum sum = sums[part][r][0];
+          unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[part][r][c.value]); });
           Lanes::F value = Of::value(sum);
-          const int64_t place = (first + s) * R + r.value;
-          if (xsum) value = Lanes::fnma(Lanes::load_f(zeros + 16 * s), Lanes::spread(xsum[place]), value);
+          const int64_t place = (first + s) * R + i.value, at = 16 * (s + part);
+          if (xsum) value = Lanes::fnma(Lanes::load_f(zeros + at), Lanes::spread(xsum[place]), value);
           if (xscale) value = Lanes::mul(value, Lanes::spread(xscale[place]));
-          total[r.value] = Lanes::fma(value, scale, total[r.value]);
+          total[r] = Lanes::fma(value, Lanes::load_f(scales + at), total[r]);
         });
       }
     }
@@ -464,18 +467,21 @@ void many_rows(const Job& job, UnpackColumns unpack, int64_t first_panel, int64_
 
 using Few = void (*)(const Job&, int64_t, int64_t);
 
-// How a job's columns are decoded: into lines, and in registers for one and for two rows (null: by lines).
+// How a job's columns are decoded: into lines, and in registers for one and for two rows, segments of 16 columns and longer ones
+// (null: by lines).
 struct Ways {
   UnpackColumns columns;
-  Few one, two;
+  Few registers[2][2];
 };
 
 template <class Of, class ToLines, class InRegisters = ToLines>
 Ways ways() {
   if constexpr (Of::dot == Dot::fp32)
-    return {unpack_columns<Of, ToLines>, nullptr, nullptr};
+    return {unpack_columns<Of, ToLines>, {}};
   else
-    return {unpack_columns<Of, ToLines>, few_in_registers<Of, InRegisters, 1>, few_in_registers<Of, InRegisters, 2>};
+    return {unpack_columns<Of, ToLines>,
+            {{few_in_registers<Of, InRegisters, 1, 1>, few_in_registers<Of, InRegisters, 1, 2>},
+             {few_in_registers<Of, InRegisters, 2, 1>, few_in_registers<Of, InRegisters, 2, 2>}}};
 }
 
 template <int Bits>
@@ -506,7 +512,7 @@ inline Ways ways_of(const Job& job) {
 template <class Of>
 void few_of(const Job& job, int64_t first, int64_t last) {
   const Ways way = ways_of(job);
-  const Few fused = job.segment < kTileColumns ? nullptr : job.block == 1 ? way.one : job.block == 2 ? way.two : nullptr;
+  const Few fused = job.block > 2 ? nullptr : way.registers[job.block - 1][job.segment < kTileColumns];
   if (fused) return fused(job, first, last);
   switch (job.block) {
     case 1: return few_by_lines<Of, 1>(job, way.columns, first, last);
