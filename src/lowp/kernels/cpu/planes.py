@@ -24,7 +24,7 @@ from torch import Tensor
 from ...layouts import LAYOUTS, Spec
 from ...layouts.base import Packed
 from ...layouts.fragments import by_group
-from ...numerics import Scheme, known_formats
+from ...numerics import Format, Scheme, known_formats
 from ...ops.cast import fake_cast
 from ...ops.how import decoded, native, with_activation
 from ...ops.linear import prescale
@@ -77,37 +77,49 @@ def _multiplies_codes(scheme: Scheme) -> bool:
     return exact and by_row and act.zero_point in (None, "int8") and act.rule in ("absmax", "asymmetric")
 
 
+def _side_by_side(bits: int, *numbers: int) -> int:
+    """Numbers of so many bits each in one of 64, the first lowest."""
+    word = 0
+    for place, number in enumerate(numbers):
+        word |= (number & ((1 << bits) - 1)) << (bits * place)
+    return word
+
+
 @functools.cache
 def _told(spelling: str, shape: tuple[int, ...]) -> tuple[list[int], list[float]]:
-    """The numbers that `Format` in ops.cpp reads, and the codebook."""
+    """What `Format` in ops.cpp holds, in words of 64 bits, and the codebook."""
     scheme = Scheme.parse(spelling)
     fmt, act, matrix = scheme.weight, scheme.act, shape[-2:]
     element, nested = fmt.element, fmt.nested
     is_int = element.kind == "int"
     nest = nested.block_dims(fmt.scale_shape(shape)) if nested else (1, 1)
     codes = act is not None and _multiplies_codes(scheme)
+    group = fmt.block_dims(matrix)[1] if by_group(fmt) else -1 if fmt.block == "tensor" else 0
+    act_group = int(act.block.removeprefix("1x")) if act is not None and codes and act.block != "row" else 0
+    offset = 2 ** (element.bits - 1) if is_int and element.signed else 0
+    specials = _SPECIALS.index(element.specials) if element.specials in _SPECIALS else 0
+    quantized = (2 if act.zero_point else 1) if act is not None and codes else 0
     return [
         *matrix,
-        element.bits,
-        int(is_int),
-        2 ** (element.bits - 1) if is_int and element.signed else 0,
-        int(element.signed),
-        element.ebits,
-        element.mbits,
-        element.bias,
-        _SPECIALS.index(element.specials) if element.specials in _SPECIALS else 0,
-        fmt.block_dims(matrix)[1] if by_group(fmt) else -1 if fmt.block == "tensor" else 0,
-        *nest,
-        (2 if act.zero_point else 1) if act is not None and codes else 0,
-        int(act.block.removeprefix("1x")) if act is not None and codes and act.block != "row" else 0,
-        int(not is_int),
+        _side_by_side(32, group, act_group),
+        _side_by_side(32, nest[0], nest[1]),
+        _side_by_side(16, element.bits, is_int, offset, element.signed),
+        _side_by_side(16, element.ebits, element.mbits, element.bias, specials),
+        _side_by_side(16, quantized, not is_int),
     ], list(element.values) if element.kind == "codebook" else []
+
+
+@functools.cache
+def _emulated(spelling: str) -> Format | None:
+    """The activation format of a scheme where the product does not take it."""
+    scheme = Scheme.parse(spelling)
+    return None if _multiplies_codes(scheme) else scheme.act
 
 
 def _activation(x: Tensor, packed: Packed, spec: Spec) -> Tensor:
     """x as the product wants it: pre-scaled, and emulated in a format that the product does not take."""
-    act = spec.act
-    if act is not None and not _multiplies_codes(Scheme.parse(spec.scheme)):
+    act = _emulated(spec.scheme)
+    if act is not None:
         x = fake_cast(x, act, packed.get("act_scale"), packed.get("act_pre_scale"))
     elif "act_pre_scale" in packed:
         x = prescale(x, packed)

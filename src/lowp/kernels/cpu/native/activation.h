@@ -46,13 +46,13 @@ struct Range {
 };
 
 inline void widen(Range& range, const float* x, int64_t count) {
-  int32_t top = range.top, bottom = range.bottom;
-  for (int64_t i = 0; i < count; i++) {
-    int32_t bits = to_bits(x[i]), flipped = bits ^ static_cast<int32_t>(0x80000000u);
-    top = bits > top ? bits : top;
-    bottom = flipped > bottom ? flipped : bottom;
+  Lanes::I top = Lanes::spread(range.top), bottom = Lanes::spread(range.bottom);
+  for (int64_t i = 0; i < count; i += 16) {
+    const Lanes::F v = Lanes::load_f(x + i);
+    top = Lanes::larger(top, Lanes::bits(v));
+    bottom = Lanes::larger(bottom, Lanes::bits(Lanes::negated(v)));
   }
-  range = {top, bottom};
+  range = {Lanes::largest(top), Lanes::largest(bottom)};
 }
 
 struct Grid {
@@ -62,12 +62,14 @@ struct Grid {
 
 inline float stored(float scale) { return scale < kTiny ? kTiny : scale; }
 
-inline float nearest(float v) {
-  constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bit below one
-  return (v + magic) - magic;
-}
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bit below one
+inline float nearest(float v) { return (v + kMagic) - kMagic; }
+inline Lanes::F nearest(Lanes::F v) { return Lanes::add(Lanes::add(v, Lanes::spread(kMagic)), Lanes::spread(-kMagic)); }
 
 inline float clamp(float v, float low, float high) { return v > low ? (v < high ? v : high) : low; }  // NaN to low
+inline Lanes::F clamp(Lanes::F v, float low, float high) {
+  return Lanes::smaller(Lanes::larger(v, Lanes::spread(low)), Lanes::spread(high));
+}
 
 inline Grid grid_of(const Activation& a, Range range) {
   const float top = from_bits(range.top), bottom = from_bits(range.bottom);
@@ -85,16 +87,16 @@ inline Grid grid_of(const Activation& a, Range range) {
 }
 
 inline int32_t quantize(const float* x, int64_t count, const Grid& grid, bool asymmetric, int8_t* out) {
-  int32_t sum = 0;
-  const float zero = static_cast<float>(grid.zero);
-  for (int64_t i = 0; i < count; i++) {
-    float scaled = asymmetric ? x[i] * grid.inverse : x[i] / grid.scale;
-    float rounded = nearest(clamp(scaled, -1024.0f, 1024.0f)) + zero;
-    int32_t code = static_cast<int32_t>(clamp(rounded, -128.0f, 127.0f));
-    out[i] = static_cast<int8_t>(code);
-    sum += code;
+  const Lanes::F zero = Lanes::spread(static_cast<float>(grid.zero)), scale = Lanes::spread(grid.scale), inverse = Lanes::spread(grid.inverse);
+  Lanes::I sum = Lanes::zero_i();
+  for (int64_t i = 0; i < count; i += 16) {
+    const Lanes::F v = Lanes::load_f(x + i), scaled = asymmetric ? Lanes::mul(v, inverse) : Lanes::div(v, scale);
+    const Lanes::F rounded = Lanes::add(nearest(clamp(scaled, -1024.0f, 1024.0f)), zero);
+    const Lanes::I code = Lanes::to_int(clamp(rounded, -128.0f, 127.0f));
+    Lanes::store_bytes(out + i, code);
+    sum = Lanes::add(sum, code);
   }
-  return sum;
+  return Lanes::total(sum);
 }
 
 template <int R>

@@ -54,6 +54,33 @@ struct Lanes {
   static F mul(F a, F b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
   static F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
   static F fnma(F a, F b, F c) { return {_mm256_fnmadd_ps(a.a, b.a, c.a), _mm256_fnmadd_ps(a.b, b.b, c.b)}; }
+  static F div(F a, F b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
+  static F larger(F a, F b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }  // b where one is NaN
+  static F smaller(F a, F b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+  static F negated(F v) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_xor_ps(v.a, sign), _mm256_xor_ps(v.b, sign)};
+  }
+  static I bits(F v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
+  static I larger(I a, I b) { return {_mm256_max_epi32(a.a, b.a), _mm256_max_epi32(a.b, b.b)}; }
+  static int32_t largest(I v) {
+    const __m256i four = _mm256_max_epi32(v.a, v.b);
+    __m128i most = _mm_max_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    most = _mm_max_epi32(most, _mm_shuffle_epi32(most, 0x4E));
+    return _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32(most, 0xB1)));
+  }
+  static int32_t total(I v) {
+    const __m256i four = _mm256_add_epi32(v.a, v.b);
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xB1)));
+  }
+  static I to_int(F v) { return {_mm256_cvttps_epi32(v.a), _mm256_cvttps_epi32(v.b)}; }
+  static void store_bytes(int8_t* p, I v) {
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xD8);
+    const __m128i codes = _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes);
+  }
   static F to_float(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 
   // Without VNNI two products meet in 16 bits: 2 * 127 * 128 fit, so bytes of 8 bits go in nibbles.
@@ -70,10 +97,8 @@ struct Lanes {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(high, _mm256_set1_epi16(16)));
 #endif
   }
-  static I dot(I sum, W w, uint32_t x, bool wide) {
-    __m256i v = _mm256_set1_epi32(static_cast<int>(x));
-    return {dot(sum.a, w.a, v, wide), dot(sum.b, w.b, v, wide)};
-  }
+  static W spread_word(uint32_t x) { return both(_mm256_set1_epi32(static_cast<int>(x))); }
+  static I dot(I sum, W w, W x, bool wide) { return {dot(sum.a, w.a, x.a, wide), dot(sum.b, w.b, x.b, wide)}; }
 
   template <int J>
   static __m256i byte(__m256i v) {
@@ -109,6 +134,21 @@ struct Lanes {
   static __m256 widen(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
   static F load_bf16(const void* p) { return {widen(half(p, 0)), widen(half(p, 1))}; }
   static F load_fp16(const void* p) { return {_mm256_cvtph_ps(half(p, 0)), _mm256_cvtph_ps(half(p, 1))}; }
+  // e4m3 by way of fp16, which has a bit of exponent more: 2^8 times too small.
+  static __m256i halves_of_e4m3(const void* p) {
+    const __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p))), size = _mm256_set1_epi16(127);
+    const __m256i sign = _mm256_and_si256(v, _mm256_set1_epi16(INT16_MIN)), code = _mm256_and_si256(v, size);
+    const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(code, size), _mm256_set1_epi16(0x7E00));
+    return _mm256_or_si256(_mm256_or_si256(sign, nan), _mm256_slli_epi16(code, 7));
+  }
+  static F load_e4m3(const void* p) {
+    const __m256i v = halves_of_e4m3(p);
+    return mul({_mm256_cvtph_ps(_mm256_castsi256_si128(v)), _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1))}, spread(256.0f));
+  }
+  static F load_int8(const void* p) {
+    const __m128i v = half(p, 0);
+    return to_float({_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))});
+  }
   static void store_fp16(void* p, F v) {
     __m128i* q = static_cast<__m128i*>(p);
     _mm_storeu_si128(q, _mm256_cvtps_ph(v.a, 0));

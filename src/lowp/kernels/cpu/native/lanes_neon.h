@@ -82,6 +82,33 @@ struct Lanes {
   static F fnma(F a, F b, F c) {
     return each<F>([=](int i) { return vfmsq_f32(c.v[i], a.v[i], b.v[i]); });
   }
+  static F div(F a, F b) {
+    return each<F>([=](int i) { return vdivq_f32(a.v[i], b.v[i]); });
+  }
+  static F larger(F a, F b) {  // b where one is NaN
+    return each<F>([=](int i) { return vbslq_f32(vcgtq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
+  }
+  static F smaller(F a, F b) {
+    return each<F>([=](int i) { return vbslq_f32(vcltq_f32(a.v[i], b.v[i]), a.v[i], b.v[i]); });
+  }
+  static F negated(F v) {
+    return each<F>([=](int i) { return vnegq_f32(v.v[i]); });
+  }
+  static I bits(F v) {
+    return each<I>([=](int i) { return vreinterpretq_s32_f32(v.v[i]); });
+  }
+  static I larger(I a, I b) {
+    return each<I>([=](int i) { return vmaxq_s32(a.v[i], b.v[i]); });
+  }
+  static int32_t largest(I v) { return vmaxvq_s32(vmaxq_s32(vmaxq_s32(v.v[0], v.v[1]), vmaxq_s32(v.v[2], v.v[3]))); }
+  static int32_t total(I v) { return vaddvq_s32(vaddq_s32(vaddq_s32(v.v[0], v.v[1]), vaddq_s32(v.v[2], v.v[3]))); }
+  static I to_int(F v) {
+    return each<I>([=](int i) { return vcvtq_s32_f32(v.v[i]); });
+  }
+  static void store_bytes(int8_t* p, I v) {
+    const int16x8_t low = vcombine_s16(vmovn_s32(v.v[0]), vmovn_s32(v.v[1])), high = vcombine_s16(vmovn_s32(v.v[2]), vmovn_s32(v.v[3]));
+    vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+  }
   static F to_float(I v) {
     return each<F>([=](int i) { return vcvtq_f32_s32(v.v[i]); });
   }
@@ -94,9 +121,11 @@ struct Lanes {
     return vaddq_s32(sum, vpaddq_s32(low, high));
 #endif
   }
-  static I dot(I sum, W w, uint32_t x, bool) {
-    int8x16_t v = vreinterpretq_s8_u32(vdupq_n_u32(x));
-    return each<I>([=](int i) { return dot(sum.v[i], vreinterpretq_s8_u8(w.v[i]), v); });
+  static W spread_word(uint32_t x) {
+    return each<W>([=](int) { return vreinterpretq_u8_u32(vdupq_n_u32(x)); });
+  }
+  static I dot(I sum, W w, W x, bool) {
+    return each<I>([=](int i) { return dot(sum.v[i], vreinterpretq_s8_u8(w.v[i]), vreinterpretq_s8_u8(x.v[i])); });
   }
 
   template <int J>
@@ -137,6 +166,22 @@ struct Lanes {
   static F load_fp16(const void* p) {
     const uint16_t* q = static_cast<const uint16_t*>(p);
     return each<F>([=](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(q + 4 * i))); });
+  }
+  static F load_e4m3(const void* p) {  // by way of fp16, which has a bit of exponent more: 2^8 times too small
+    const uint8_t* bytes = static_cast<const uint8_t*>(p);
+    uint16_t half[16];
+    for (int i = 0; i < 16; i++) {
+      const int size = bytes[i] & 127, sign = (bytes[i] & 128) << 8;
+      half[i] = static_cast<uint16_t>(sign | (size == 127 ? 0x7E00 : size << 7));
+    }
+    return mul(load_fp16(half), spread(256.0f));
+  }
+  static F load_int8(const void* p) {
+    const int8_t* bytes = static_cast<const int8_t*>(p);
+    return each<F>([=](int i) {
+      const float v[4] = {float(bytes[4 * i]), float(bytes[4 * i + 1]), float(bytes[4 * i + 2]), float(bytes[4 * i + 3])};
+      return vld1q_f32(v);
+    });
   }
   static void store_fp16(void* p, F v) {
     uint16_t* q = static_cast<uint16_t*>(p);

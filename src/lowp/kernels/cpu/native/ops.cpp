@@ -65,10 +65,12 @@ class Tensor {
     return t;
   }
   bool contiguous() const {
-    int64_t expected = 1;
+    int64_t expected = 1, *sizes, *strides;
+    check(aoti_torch_get_sizes(handle_, &sizes), "the sizes of a tensor");
+    check(aoti_torch_get_strides(handle_, &strides), "the strides of a tensor");
     for (int64_t axis = dim() - 1; axis >= 0; axis--) {
-      if (size(axis) != 1 && stride(axis) != expected) return false;
-      expected *= size(axis);
+      if (sizes[axis] != 1 && strides[axis] != expected) return false;
+      expected *= sizes[axis];
     }
     return true;
   }
@@ -105,11 +107,12 @@ Tensor empty(int64_t dim, const int64_t* sizes, int32_t dtype) {
   return Tensor(handle);
 }
 
-constexpr int kFormatNumbers = 16;
-
-struct Format {  // as planes.py writes it
-  int64_t n, k, bits, is_int, offset, is_signed, ebits, mbits, bias, specials, group, nest_rows, nest_columns, act, act_group, table;
+struct Format {  // as planes.py packs it: each number of a list costs a call time
+  int64_t n, k;
+  int32_t group, act_group, nest_rows, nest_columns;
+  int16_t bits, is_int, offset, is_signed, ebits, mbits, bias, specials, act, table, spare[2];
 };
+constexpr int kFormatWords = sizeof(Format) / 8;
 
 template <class Number>
 int64_t read_list(Word word, Number* to, int64_t most) {
@@ -168,10 +171,10 @@ struct Spec {
   Format f{};
   double codebook[256];
   Spec(Word format, Word values) {
-    int64_t numbers[kFormatNumbers];
-    const int64_t count = read_list(format, numbers, kFormatNumbers);
+    int64_t numbers[kFormatWords];
+    const int64_t count = read_list(format, numbers, kFormatWords);
     const int64_t entries = read_list(values, codebook, 256);
-    if (count != kFormatNumbers) throw std::invalid_argument("lowp: a format of another version of the library.");
+    if (count != kFormatWords) throw std::invalid_argument("lowp: a format of another version of the library.");
     std::memcpy(&f, numbers, sizeof numbers);
     if (f.table && !f.ebits && entries != 1 << f.bits) throw std::invalid_argument("lowp: a codebook wants a value for each code.");
   }

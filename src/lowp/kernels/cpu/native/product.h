@@ -23,9 +23,8 @@ struct OfBytes {
   using Word = Lanes::W;
   static Sum start(int32_t v) { return Lanes::spread(v); }
   static Sum zero() { return Lanes::zero_i(); }
-  static Sum add(Sum sum, Word w, uint32_t x, bool wide) {
-    return Lanes::dot(sum, w, x, wide);
-  }
+  static Word spread(uint32_t x) { return Lanes::spread_word(x); }
+  LOWP_INLINE static Sum add(Sum sum, Word w, Word x, bool wide) { return Lanes::dot(sum, w, x, wide); }
   static Lanes::F value(Sum sum) { return Lanes::to_float(sum); }
   static Word load(const uint8_t* p) { return Lanes::load(p); }
   static void store(uint8_t* p, Word w) { Lanes::store(p, w); }
@@ -38,9 +37,8 @@ struct OfFloats {
   using Word = Lanes::F;
   static Sum start(int32_t) { return Lanes::zero_f(); }
   static Sum zero() { return Lanes::zero_f(); }
-  static Sum add(Sum sum, Word w, uint32_t x, bool) {
-    return Lanes::fma(w, Lanes::spread(from_bits(static_cast<int32_t>(x))), sum);
-  }
+  static Word spread(uint32_t x) { return Lanes::spread(from_bits(static_cast<int32_t>(x))); }
+  LOWP_INLINE static Sum add(Sum sum, Word w, Word x, bool) { return Lanes::fma(w, x, sum); }
   static Lanes::F value(Sum sum) { return sum; }
   static Word load(const uint8_t* p) { return Lanes::load_f(reinterpret_cast<const float*>(p)); }
   static void store(uint8_t* p, Word w) { Lanes::store_f(reinterpret_cast<float*>(p), w); }
@@ -54,9 +52,8 @@ struct OfPairs {
   using Word = Lanes::W;
   static Sum start(int32_t) { return Lanes::zero_f(); }
   static Sum zero() { return Lanes::zero_f(); }
-  static Sum add(Sum sum, Word w, uint32_t x, bool) {
-    return PairTables::dot(sum, w, x);
-  }
+  static Word spread(uint32_t x) { return Lanes::spread_word(x); }
+  LOWP_INLINE static Sum add(Sum sum, Word w, Word x, bool) { return PairTables::dot(sum, w, x); }
   static Lanes::F value(Sum sum) { return sum; }
   static Word load(const uint8_t* p) { return Lanes::load(p); }
   static void store(uint8_t* p, Word w) { Lanes::store(p, w); }
@@ -112,15 +109,10 @@ inline void read_run(const void* p, Type type, int64_t i, int64_t count, float* 
       const int32_t code = bytes[r], bits = code == 255 ? 0x7FC00000 : code << 23;
       out[r] = from_bits(code ? bits : 0x00400000);
     }
-  } else if (type == Type::e4m3) {  // by way of fp16, which has a bit of exponent more: 2^8 times too small
-    alignas(64) uint16_t half[512];
-    for (int64_t r = 0; r < count; r++) {
-      const int size = bytes[r] & 127, sign = (bytes[r] & 128) << 8;
-      half[r] = static_cast<uint16_t>(sign | (size == 127 ? 0x7E00 : size << 7));
-    }
-    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::mul(Lanes::load_fp16(half + r), Lanes::spread(256.0f)));
+  } else if (type == Type::e4m3) {
+    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::load_e4m3(bytes + r));
   } else if (type == Type::int8) {
-    for (int64_t r = 0; r < count; r++) out[r] = static_cast<const int8_t*>(p)[i + r];
+    for (int64_t r = 0; r < count; r += 16) Lanes::store_f(out + r, Lanes::load_int8(bytes + r));
   } else if (type == Type::uint8) {
     for (int64_t r = 0; r < count; r++) out[r] = bytes[r];
   } else {
@@ -131,19 +123,24 @@ inline void read_run(const void* p, Type type, int64_t i, int64_t count, float* 
 // Scales that are codes themselves: (code - zero) * scale of their block, never below the smallest normal number.
 inline void read_nested(const Weight& w, int64_t row, int64_t rows, int64_t group, int64_t count, float* scale) {
   const int64_t columns = w.k / w.group / w.nest_columns;
-  alignas(64) float by[16], less[16];
-  int64_t left = 0;  // groups until the next block
+  alignas(64) float by[16] = {}, minus[16] = {};
+  int64_t left = w.nest_columns - group % w.nest_columns;  // groups until the next block
   for (int64_t g = 0; g < count; g++, left--) {
-    if (left == 0 || g == 0) {
-      left = w.nest_columns - (group + g) % w.nest_columns;
-      for (int64_t r = 0; r < kTileRows; r++) {
-        const int64_t place = (row + (r < rows ? r : 0)) / w.nest_rows * columns + (group + g) / w.nest_columns;
+    if (left == 0) left = w.nest_columns;
+    if (g == 0 || left == w.nest_columns) {
+      int64_t place = row / w.nest_rows * columns + (group + g) / w.nest_columns, below = w.nest_rows - row % w.nest_rows;
+      for (int64_t r = 0; r < rows; r++, below--) {
+        if (below == 0) {
+          below = w.nest_rows;
+          place += columns;
+        }
         by[r] = w.scale_scale[place];
-        less[r] = w.scale_zero ? w.scale_zero[place] : 0.0f;
+        if (w.scale_zero) minus[r] = -w.scale_zero[place];
       }
     }
     float* to = scale + g * kTileRows;
-    for (int64_t r = 0; r < kTileRows; r++) to[r] = stored((to[r] - less[r]) * by[r]);
+    const Lanes::F value = Lanes::mul(Lanes::add(Lanes::load_f(to), Lanes::load_f(minus)), Lanes::load_f(by));
+    Lanes::store_f(to, Lanes::larger(Lanes::spread(kTiny), value));
   }
 }
 
@@ -153,7 +150,7 @@ inline void read_scales(const Weight& w, int64_t tile, int64_t segment, int64_t 
                         float* scale, float* zero) {
   const int64_t row = tile * kTileRows, rows = w.n - row < kTileRows ? w.n - row : kTileRows;
   alignas(64) float scales[512], zeros[512];
-  int64_t per = count, group = 0, groups = 1;  // segments of a group
+  int64_t per = count, past = 0;  // segments of a group, and those of the first that came before
   if (w.group <= 0) {
     for (int64_t r = 0; r < kTileRows; r++) {
       const int64_t place = w.group < 0 ? 0 : row + (r < rows ? r : rows - 1);
@@ -162,20 +159,21 @@ inline void read_scales(const Weight& w, int64_t tile, int64_t segment, int64_t 
     }
   } else {
     per = w.group / segment;
-    group = first / per;
-    groups = (first + count - 1) / per - group + 1;
+    const int64_t group = first / per, groups = (first + count - 1) / per - group + 1;
     const int64_t place = (tile * (w.k / w.group) + group) * kTileRows;
-    if (per == 1 && stride == kTileRows && by == 1.0f && !w.scale_scale) {
-      read_run(w.scale, w.scale_type, place, groups * kTileRows, scale);
-      if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zero);
-      return;
-    }
-    read_run(w.scale, w.scale_type, place, groups * kTileRows, scales);
-    if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zeros);
-    if (w.scale_scale) read_nested(w, row, rows, group, groups, scales);
+    const bool in_place = per == 1 && stride == kTileRows && by == 1.0f;
+    float *scales_at = in_place ? scale : scales, *zeros_at = in_place ? zero : zeros;
+    past = first - group * per;
+    read_run(w.scale, w.scale_type, place, groups * kTileRows, scales_at);
+    if (w.zero) read_run(w.zero, w.zero_type, place, groups * kTileRows, zeros_at);
+    if (w.scale_scale) read_nested(w, row, rows, group, groups, scales_at);
+    if (in_place) return;
   }
-  for (int64_t s = 0; s < count; s++) {
-    const int64_t from = (groups == 1 ? 0 : (first + s) / per - group) * kTileRows;
+  for (int64_t s = 0, from = 0; s < count; s++, past++) {
+    if (past == per) {
+      past = 0;
+      from += kTileRows;
+    }
     Lanes::store_f(scale + s * stride, Lanes::mul(Lanes::load_f(scales + from), Lanes::spread(by)));
     if (w.zero) Lanes::store_f(zero + s * stride, Lanes::load_f(zeros + from));
   }
@@ -236,43 +234,50 @@ inline int64_t columns_at_once(const Job& job) {
   return kColumns[static_cast<int>(job.dot)] / job.segment * job.segment;
 }
 
-// A block of R rows times T tiles, over some segments: the sums (R, 16 T) in `total` grow.
-template <class Of, int R, int T>
+// A block of R rows times T tiles of a panel, over some segments: the sums (R, 16 of a panel) in `total` grow. They stay in registers
+// meanwhile (`Held`) where these suffice.
+template <class Of, int R, int T, int Panel, bool Held>
 void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t segments, const uint8_t* lines, const float* scales,
                        const float* zeros, float* total) {
   constexpr int Chains = R * T == 1 ? 4 : R * T == 2 ? 2 : 1;  // sums of their own where one would wait for itself
   const bool wide = job.w.bits == 8;
-  const uint32_t* words = job.words + block * job.block_words() + first * job.segment / 4 * Of::steps * R;
-  for (int64_t s = 0; s < segments; s++) {
-    const int64_t place = (block * job.segments + first + s) * R;
+  const int64_t place = (block * job.segments + first) * R, segment = job.segment;
+  const uint32_t* words = job.words + block * job.block_words() + first * segment / 4 * Of::steps * R;
+  const int32_t* start = job.start + place;
+  const float* xsum = job.w.zero ? job.xsum + place : nullptr;
+  const float* xscale = job.xscale ? job.xscale + place : nullptr;
+  Lanes::F held[R][T];
+  if constexpr (Held)
+    unroll<0, R>([&](auto r) LOWP_INLINE {
+      unroll<0, T>([&](auto t) LOWP_INLINE { held[r.value][t.value] = Lanes::load_f(total + (r.value * Panel + t.value) * 16); });
+    });
+  int64_t left = job.w.k - first * segment;
+  for (int64_t s = 0; s < segments; s++, left -= segment) {
     typename Of::Sum sums[R][T][Chains];
     unroll<0, R>([&](auto r) LOWP_INLINE {
       unroll<0, T>([&](auto t) LOWP_INLINE {
-        sums[r.value][t.value][0] = Of::start(job.start[place + r.value]);
+        sums[r.value][t.value][0] = Of::start(start[s * R + r.value]);
         unroll<1, Chains>([&](auto c) LOWP_INLINE { sums[r.value][t.value][c.value] = Of::zero(); });
       });
     });
-    const int64_t begin = (first + s) * job.segment;
-    const int64_t columns = job.w.k - begin < job.segment ? job.w.k - begin : job.segment;
-    for (int64_t i = 0; i < columns / 4 * Of::steps; i += 4) {
+    const uint8_t* past = lines + (left < segment ? left : segment) / 4 * Of::steps * Panel * 64;
+    do {
       unroll<0, 4>([&](auto u) LOWP_INLINE {
         typename Of::Word w[T];
-        unroll<0, T>([&](auto t) LOWP_INLINE { w[t.value] = Of::load(lines + (u.value * T + t.value) * 64); });
+        unroll<0, T>([&](auto t) LOWP_INLINE { w[t.value] = Of::load(lines + (u.value * Panel + t.value) * 64); });
         unroll<0, R>([&](auto r) LOWP_INLINE {
-          const uint32_t x = words[u.value * R + r.value];
+          const typename Of::Word x = Of::spread(words[u.value * R + r.value]);
           unroll<0, T>([&](auto t) LOWP_INLINE {
             auto& sum = sums[r.value][t.value][u.value % Chains];
             sum = Of::add(sum, w[t.value], x, wide);
           });
         });
       });
-      lines += 4 * T * 64;
+      lines += 4 * Panel * 64;
       words += 4 * R;
-    }
-    const float* xsum = job.w.zero ? job.xsum + place : nullptr;
-    const float* xscale = job.xscale ? job.xscale + place : nullptr;
+    } while (lines < past);
     unroll<0, T>([&](auto t) LOWP_INLINE {
-      const Lanes::F scale = Lanes::load_f(scales + (s * T + t.value) * 16);
+      const Lanes::F scale = Lanes::load_f(scales + (s * Panel + t.value) * 16);
       Lanes::F values[R];
       unroll<0, R>([&](auto r) LOWP_INLINE {
         typename Of::Sum sum = sums[r.value][t.value][0];
@@ -280,19 +285,42 @@ void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t seg
         values[r.value] = Of::value(sum);
       });
       if (xsum) {
-        const Lanes::F zero = Lanes::load_f(zeros + (s * T + t.value) * 16);
+        const Lanes::F zero = Lanes::load_f(zeros + (s * Panel + t.value) * 16);
         unroll<0, R>([&](auto r) LOWP_INLINE {
-          values[r.value] = Lanes::fnma(zero, Lanes::spread(xsum[r.value]), values[r.value]);
+          values[r.value] = Lanes::fnma(zero, Lanes::spread(xsum[s * R + r.value]), values[r.value]);
         });
       }
       if (xscale)
-        unroll<0, R>([&](auto r) LOWP_INLINE { values[r.value] = Lanes::mul(values[r.value], Lanes::spread(xscale[r.value])); });
+        unroll<0, R>([&](auto r) LOWP_INLINE { values[r.value] = Lanes::mul(values[r.value], Lanes::spread(xscale[s * R + r.value])); });
       unroll<0, R>([&](auto r) LOWP_INLINE {
-        float* to = total + (r.value * T + t.value) * 16;
-        Lanes::store_f(to, Lanes::fma(values[r.value], scale, Lanes::load_f(to)));
+        float* to = total + (r.value * Panel + t.value) * 16;
+        if constexpr (Held)
+          held[r.value][t.value] = Lanes::fma(values[r.value], scale, held[r.value][t.value]);
+        else
+          Lanes::store_f(to, Lanes::fma(values[r.value], scale, Lanes::load_f(to)));
       });
     });
+    if constexpr (!Held) asm volatile("" ::: "memory");  // else GCC keeps the sums on the stack as well
   }
+  if constexpr (Held)
+    unroll<0, R>([&](auto r) LOWP_INLINE {
+      unroll<0, T>([&](auto t) LOWP_INLINE { Lanes::store_f(total + (r.value * Panel + t.value) * 16, held[r.value][t.value]); });
+    });
+}
+
+// A block times a panel. Where segments are short, half of the tiles at a time: then the sums over segments fit in registers beside
+// those of a segment (2 x 10 and 3), and reading and writing them would cost more than reading the words of x twice.
+template <class Of, int R>
+void block_times_panel(const Job& job, int64_t block, int64_t first, int64_t segments, const uint8_t* lines, const float* scales,
+                       const float* zeros, float* total) {
+  constexpr int Panel = Lanes::kPanel, Half = Panel / 2;
+  if constexpr (Half > 0 && Of::dot == Dot::u8)
+    if (job.segment <= 64) {
+      for (int t = 0; t < Panel; t += Half)
+        block_times_lines<Of, R, Half, Panel, true>(job, block, first, segments, lines + 64 * t, scales + 16 * t, zeros + 16 * t, total + 16 * t);
+      return;
+    }
+  block_times_lines<Of, R, Panel, Panel, false>(job, block, first, segments, lines, scales, zeros, total);
 }
 
 // -- few rows ---------------------------------------------------------------------------------------------------------
@@ -315,17 +343,18 @@ void few_by_lines(const Job& job, UnpackColumns unpack, int64_t first_tile, int6
       for (int64_t i = 0; i < count / kTileColumns * 64 * w.bits; i += 64) Lanes::prefetch(codes_at + kAhead + i);
       unpack(w, codes_at, count, lines, 64);
       read_scales(w, tile, job.segment, s, segments, 16, scale_factor(job), scales, zeros);
-      block_times_lines<Of, R, 1>(job, 0, s, segments, lines, scales, zeros, total);
+      block_times_lines<Of, R, 1, 1, false>(job, 0, s, segments, lines, scales, zeros, total);
     }
     for (int64_t t = 0; t < job.tokens; t++) write_tile(job, tile, t, total + t * job.splits * 16, 16);
   }
 }
 
-// One or two rows, decoded in registers: nothing but the weight goes through memory.
-template <class Of, class Unpack, int R>
+// One or two rows, decoded in registers: nothing but the weight goes through memory. `Parts` segments are side by side in a tile of
+// 32 columns: 2 where they have 16, else 1.
+template <class Of, class Unpack, int R, int Parts>
 void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
   // Sums beside one another: a dot product takes 4 cycles or more, and where codes are narrow many fall due before the next line.
-  constexpr int Chains = R == 1 && (Of::dot != Dot::u8 || Unpack::bits < 3) ? 4 : 2;
+  constexpr int Chains = R * Parts == 1 && (Of::dot != Dot::u8 || Unpack::bits < 3) ? 4 : 2;
   constexpr int tile_words = 8 * Of::steps * R;  // of x for 32 columns
   const Weight& w = job.w;
   const Unpack unpack(w);
@@ -343,11 +372,12 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
       read_scales(w, tile, segment, first, count, 16, scale_factor(job), scales, zeros);
       const int32_t* start = job.start + first * R;
       int64_t left = columns - first * segment;
-      for (int64_t s = 0; s < count; s++, start += R, left -= segment) {
-        typename Of::Sum sums[R][Chains];
-        unroll<0, R>([&](auto r) LOWP_INLINE {
-          unroll<1, Chains>([&](auto c) LOWP_INLINE { sums[r.value][c.value] = Of::zero(); });
-          sums[r.value][0] = Of::start(start[r.value]);
+      for (int64_t s = 0; s < count; s += Parts, start += Parts * R, left -= Parts * segment) {
+        typename Of::Sum sums[Parts][R][Chains];
+        unroll<0, Parts * R>([&](auto i) LOWP_INLINE {
+          auto& row = sums[i.value / R][i.value % R];
+          unroll<1, Chains>([&](auto c) LOWP_INLINE { row[c.value] = Of::zero(); });
+          row[0] = Of::start(start[i.value]);
         });
         const uint8_t* past = codes_at + (left < segment ? left : segment) / kTileColumns * 64 * Unpack::bits;
         do {
@@ -356,23 +386,23 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
             unpack.template quad<q.value>(codes_at, [&](auto step, typename Of::Word word) LOWP_INLINE {
               constexpr int at = q.value * Of::steps + step.value;
               unroll<0, R>([&](auto r) LOWP_INLINE {
-                auto& sum = sums[r.value][at % Chains];
-                sum = Of::add(sum, word, words[at * R + r.value], Unpack::bits == 8);
+                auto& sum = sums[q.value * Parts / 8][r.value][at % Chains];
+                sum = Of::add(sum, word, Of::spread(words[at * R + r.value]), Unpack::bits == 8);
               });
             });
           });
           codes_at += 64 * Unpack::bits;
           words += tile_words;
         } while (codes_at < past);
-        const Lanes::F scale = Lanes::load_f(scales + 16 * s);
-        unroll<0, R>([&](auto r) LOWP_INLINE {
-          typename Of::Sum sum = sums[r.value][0];
-          unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[r.value][c.value]); });
+        unroll<0, Parts * R>([&](auto i) LOWP_INLINE {
+          constexpr int part = i.value / R, r = i.value % R;
+          typename Of::Sum sum = sums[part][r][0];
+          unroll<1, Chains>([&](auto c) LOWP_INLINE { sum = Lanes::add(sum, sums[part][r][c.value]); });
           Lanes::F value = Of::value(sum);
-          const int64_t place = (first + s) * R + r.value;
-          if (xsum) value = Lanes::fnma(Lanes::load_f(zeros + 16 * s), Lanes::spread(xsum[place]), value);
+          const int64_t place = (first + s) * R + i.value, at = 16 * (s + part);
+          if (xsum) value = Lanes::fnma(Lanes::load_f(zeros + at), Lanes::spread(xsum[place]), value);
           if (xscale) value = Lanes::mul(value, Lanes::spread(xscale[place]));
-          total[r.value] = Lanes::fma(value, scale, total[r.value]);
+          total[r] = Lanes::fma(value, Lanes::load_f(scales + at), total[r]);
         });
       }
     }
@@ -422,7 +452,7 @@ void many_rows(const Job& job, UnpackColumns unpack, int64_t first_panel, int64_
         const int64_t segments = job.segments - s < per ? job.segments - s : per;
         open_panel(job, unpack, panel, s, segments, lines, scales, zeros);
         for (int64_t b = 0; b < blocks; b++)
-          block_times_lines<Of, lowp::kBlock, Lanes::kPanel>(job, block0 + b, s, segments, lines, scales, zeros, totals + b * block_numbers);
+          block_times_panel<Of, lowp::kBlock>(job, block0 + b, s, segments, lines, scales, zeros, totals + b * block_numbers);
       }
       const int64_t row0 = block0 * lowp::kBlock, past = row0 + blocks * lowp::kBlock;
       const int64_t first_token = (row0 + job.splits - 1) / job.splits;
@@ -437,18 +467,21 @@ void many_rows(const Job& job, UnpackColumns unpack, int64_t first_panel, int64_
 
 using Few = void (*)(const Job&, int64_t, int64_t);
 
-// How a job's columns are decoded: into lines, and in registers for one and for two rows (null: by lines).
+// How a job's columns are decoded: into lines, and in registers for one and for two rows, segments of 16 columns and longer ones
+// (null: by lines).
 struct Ways {
   UnpackColumns columns;
-  Few one, two;
+  Few registers[2][2];
 };
 
 template <class Of, class ToLines, class InRegisters = ToLines>
 Ways ways() {
   if constexpr (Of::dot == Dot::fp32)
-    return {unpack_columns<Of, ToLines>, nullptr, nullptr};
+    return {unpack_columns<Of, ToLines>, {}};
   else
-    return {unpack_columns<Of, ToLines>, few_in_registers<Of, InRegisters, 1>, few_in_registers<Of, InRegisters, 2>};
+    return {unpack_columns<Of, ToLines>,
+            {{few_in_registers<Of, InRegisters, 1, 1>, few_in_registers<Of, InRegisters, 1, 2>},
+             {few_in_registers<Of, InRegisters, 2, 1>, few_in_registers<Of, InRegisters, 2, 2>}}};
 }
 
 template <int Bits>
@@ -479,7 +512,7 @@ inline Ways ways_of(const Job& job) {
 template <class Of>
 void few_of(const Job& job, int64_t first, int64_t last) {
   const Ways way = ways_of(job);
-  const Few fused = job.segment < kTileColumns ? nullptr : job.block == 1 ? way.one : job.block == 2 ? way.two : nullptr;
+  const Few fused = job.block > 2 ? nullptr : way.registers[job.block - 1][job.segment < kTileColumns];
   if (fused) return fused(job, first, last);
   switch (job.block) {
     case 1: return few_by_lines<Of, 1>(job, way.columns, first, last);
