@@ -17,7 +17,7 @@ from lowp.ops.linear import reference
 from lowp.ops.registry import kernels_of
 from lowp.tensor import QTensor
 
-SETS = ("avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot")
+SETS = ("avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot", "neoni8mm")
 (LINEAR,) = (kernel for kernel in kernels_of("linear") if kernel.name == "planes")
 pytestmark = pytest.mark.skipif(bool(library.missing()), reason=library.missing())
 

@@ -1,4 +1,5 @@
-// Sixteen lanes of 32 bits in four registers: NEON of AArch64, with the dot product instructions where it is compiled for them.
+// Sixteen lanes of 32 bits in four registers: NEON of AArch64, with the dot product instructions where it is compiled for them
+// (and for many rows the matrix instructions, matrices_neon.h).
 // There a product takes signed bytes on both sides: codes of 7 bits and fewer are, those of 8 bits are moved down by 128.
 #pragma once
 #include <arm_neon.h>

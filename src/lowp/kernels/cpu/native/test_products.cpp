@@ -136,7 +136,7 @@ int run(const char* name) {
 }  // namespace
 
 int main(int count, char** names) {
-  const char* all[] = {"avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot"};
+  const char* all[] = {"avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot", "neoni8mm"};
   int wrong = 0, ran = 0;
   for (const char* name : all) {
     bool asked = count == 1;
