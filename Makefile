@@ -16,7 +16,7 @@ bin := $(VENV)/bin
 ready := $(VENV)/.lowp-ready
 
 GUESTS := guest-executorch guest-torchtune guest-vllm
-.PHONY: help env guests $(GUESTS) demo test lint format cpp clean
+.PHONY: help env guests $(GUESTS) demo test lint format cpp cpp-arm clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo 'make lint    ruff and mypy alone'
 	@echo 'make format  let ruff mend what it can'
 	@echo 'make cpp     the CPU kernels without torch: under the sanitizers, and as ARM under an emulator'
+	@echo 'make cpp-arm the ARM half of it alone'
 	@echo 'make clean   remove .venv, .guests, caches and builds'
 
 env: $(ready)
@@ -86,15 +87,19 @@ test: lint
 cross := aarch64-linux-gnu-g++
 arm := -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(cross) -DCMAKE_EXE_LINKER_FLAGS=-static
 
-cpp:
+cpp: cpp-arm
 	cmake -S $(native) -B build/cpp -DLOWP_TESTS=ON -DCMAKE_BUILD_TYPE=Sanitize \
 	  -DCMAKE_CXX_FLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-address-use-after-scope -fno-sanitize-recover=all'
 	cmake --build build/cpp -j2
 	build/cpp/test_products
-	@{ command -v $(cross) && command -v qemu-aarch64-static; } >/dev/null || { echo 'no ARM: wants $(cross) and qemu-aarch64-static'; exit 0; }; \
+
+cpp-arm:
+	@for tool in cmake $(cross) qemu-aarch64-static; do \
+	  command -v $$tool >/dev/null || { echo "the C++ is not tried as ARM: no $$tool here"; exit 0; }; done; \
 	set -ex; cmake -S $(native) -B build/arm -DLOWP_TESTS=ON $(arm); cmake --build build/arm -j2; \
 	qemu-aarch64-static -cpu cortex-a72 build/arm/test_products neon; \
-	qemu-aarch64-static -cpu neoverse-n1 build/arm/test_products neondot
+	qemu-aarch64-static -cpu neoverse-n1 build/arm/test_products neondot; \
+	qemu-aarch64-static -cpu max build/arm/test_products neoni8mm
 
 format: env
 	$(bin)/ruff check --fix-only .

@@ -1,6 +1,7 @@
 """The CPU's products, on every instruction set that this machine has: shapes drawn at random against the reference, threads, NaN,
 views, and what torch asks of an operator. (The registry's own tests run every scheme on the best set.)"""
 
+import pathlib
 import random
 
 import pytest
@@ -16,7 +17,7 @@ from lowp.ops.linear import reference
 from lowp.ops.registry import kernels_of
 from lowp.tensor import QTensor
 
-SETS = ("avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot")
+SETS = ("avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot", "neoni8mm")
 (LINEAR,) = (kernel for kernel in kernels_of("linear") if kernel.name == "planes")
 pytestmark = pytest.mark.skipif(bool(library.missing()), reason=library.missing())
 
@@ -91,6 +92,76 @@ def test_what_is_not_finite_stays_visible_and_in_its_token(scheme, dtype, bad, i
         assert not y[1].isfinite().any() if "int4" not in scheme and bad != bad else not y[1].isfinite().all()
 
 
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16@int8/row", "int8/row@int8/1x32"])
+@pytest.mark.parametrize("tokens", [2, 12])
+def test_a_nan_stays_visible_under_a_static_scale(scheme, tokens, instructions):
+    q, x = drawn(scheme, (48, 128)), torch.randn(tokens, 128)
+    packed = q.packed | {"act_scale": torch.tensor(0.02)}
+    expected = reference(x, packed, q.spec)
+    assert relative_error(expected, LINEAR.run(x, packed, q.spec, None)) < 1e-5
+    x[1, 5] = torch.nan
+    y = LINEAR.run(x, packed, q.spec, None)
+    others = [i for i in range(tokens) if i != 1]
+    assert y[1].isnan().all() and relative_error(expected[others], y[others]) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_a_bias_and_an_x_lie_as_they_like(tokens):
+    q = drawn("int4/1x32*bf16@int8/row+int8", (50, 128))
+    transposed, expanded = torch.randn(128, tokens).T, torch.randn(1, 128).expand(tokens, 128)
+    for bias in (torch.randn(100)[::2], torch.randn(1).expand(50), torch.randn(50, dtype=torch.float64)):
+        for x in (transposed, expanded):
+            y, expected = LINEAR.run(x, q.packed, q.spec, bias), reference(x, q.packed, q.spec, bias)
+            assert y.shape == expected.shape == (tokens, 50)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16@int8/row+int8", "int4/1x64*bf16", "nf4/1x64*int8/1x256"])
+@pytest.mark.parametrize("tokens", [3, 20])
+def test_a_gradient_reaches_x_and_inference_mode_runs(scheme, tokens):
+    q, x = drawn(scheme, (48, 128)), torch.randn(tokens, 128, requires_grad=True)
+    y = nn.functional.linear(x, q)
+    y.backward(torch.ones_like(y))
+    torch.testing.assert_close(x.grad, q.dequantize().sum(0).expand(tokens, 128), rtol=1e-5, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.equal(nn.functional.linear(x, q), y)
+
+
+def test_sums_of_many_large_products_do_not_overflow(instructions):
+    for scheme in ("int8/row@int8/row", "uint8/row+uint8@int8/row", "int7/row@int8/row+int8"):
+        q = QTensor.quantize(torch.full((17, 28672), 1.0), scheme).to_layout("planes")
+        for tokens in (1, 9):
+            x = torch.full((tokens, 28672), -127.0)
+            expected = reference(x, q.packed, q.spec, None, torch.float64)
+            assert relative_error(expected, LINEAR.run(x, q.packed, q.spec, None)) < 1e-5
+
+
+def test_a_cut_of_the_rows_of_a_stack_multiplies():
+    (kernel,) = (kernel for kernel in kernels_of("grouped") if kernel.name == "planes")
+    x, offs = torch.randn(10, 128), torch.tensor([3, 3, 10], dtype=torch.int32)
+    for scheme in ("int4/1x32*bf16@int8/row+int8", "int4/1x32*bf16+int8"):
+        q = drawn(scheme, (3, 64, 128))
+        part, whole = q[:, 16:48], kernel.run(x, q.packed, q.spec, offs)
+        assert torch.equal(kernel.run(x, part.packed, part.spec, offs), whole[:, 16:48])
+
+
+def test_calls_leave_no_memory_behind():
+    q, x, bias = drawn("int4/1x32*bf16@int8/row+int8", (64, 128)), torch.randn(2, 128), torch.randn(64)
+    statm = pathlib.Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("wants Linux's /proc")
+
+    def pages_after(calls):
+        for _ in range(calls):
+            LINEAR.run(x, q.packed, q.spec, bias)
+        return int(statm.read_text().split()[1])
+
+    before = pages_after(1000)
+    assert (
+        pages_after(20000) - before < 256
+    )  # a handle of a tensor that is never given back takes 300 bytes: 1,400 pages
+
+
 def test_a_cut_of_rows_multiplies():
     q, x = drawn("int4/1x32*bf16@int8/row+int8", (100, 128)), torch.randn(3, 128)
     whole = LINEAR.run(x, q.packed, q.spec, None)
@@ -119,6 +190,36 @@ def test_ids_beyond_the_table_and_wrong_sizes_are_errors():
         torch.ops.lowp.planes_linear(torch.randn(3, 64), *weight, None, None, None, *told)
     with pytest.raises((RuntimeError, ValueError), match="64 x 128 codes want 4096 contiguous bytes, got 3072"):
         torch.ops.lowp.planes_linear(torch.randn(3, 128), *weight, None, None, None, *planes._told(q.scheme, (64, 128)))
+
+
+def test_arguments_that_do_not_go_together_are_errors():
+    q = drawn("int4/1x64*bf16+int8@int8/row+int8", (48, 128))
+    (*weight,), sums, told = planes._weight(q.packed), q.packed["row_sum"], planes._told(q.scheme, (48, 128))
+    x = torch.randn(3, 128)
+
+    def error(message, x=x, weight=weight, sums=sums, act_scale=None, bias=None):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            torch.ops.lowp.planes_linear(x, *weight, sums, act_scale, bias, *told)
+
+    error("x in float32, bfloat16 or float16", x=x.double())
+    error("x in float32, bfloat16 or float16", x=x.to(torch.uint8))
+    error("x of 2 axes with K = 128", x=x[0])
+    error("bias of 48 numbers side by side, got 8", bias=torch.randn(8))
+    error("bias of 48 numbers side by side, got 48, apart", bias=torch.randn(96)[::2])
+    error("bias in float32", bias=torch.randn(48).double())
+    error("wants the sums of the weight's rows", sums=None)
+    error("sums of rows of 48 numbers", sums=sums[:2])
+    error("zero point of 96 numbers", weight=[*weight[:2], weight[2][:1], *weight[3:]])
+    error("static scale of 1 numbers", act_scale=torch.rand(3))
+    stack = drawn("int4/1x32*bf16", (3, 48, 128))
+    told = planes._told(stack.scheme, (3, 48, 128))
+    for offs in (torch.tensor([1, 3]), torch.tensor([1, 2, 3])):
+        with pytest.raises((RuntimeError, ValueError), match="wants offsets in int32"):
+            torch.ops.lowp.planes_grouped(x, *planes._weight(stack.packed), None, None, offs, *told)
+    with pytest.raises((RuntimeError, ValueError), match="offsets of 3 numbers"):
+        torch.ops.lowp.planes_grouped(x, *planes._weight(stack.packed), None, None, torch.tensor([3]).int(), *told)
+    with pytest.raises((RuntimeError, ValueError), match="a matrix for each of 3 experts"):
+        torch.ops.lowp.planes_grouped(torch.randn(2, 4, 128), *planes._weight(stack.packed), None, None, None, *told)
 
 
 def test_an_instruction_set_that_is_not_here_is_an_error():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import zipfile
 
 import pytest
 import torch
@@ -64,6 +65,24 @@ def test_export(model):
     )
     x = batch(model, 9)
     assert torch.equal(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16@int8/row+int8", "nf4"])
+def test_a_compiled_package_without_python(scheme, tmp_path):
+    """AOTInductor: the model as a shared library, whose calls of the CPU's operators go by torch's dispatcher."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 128, bias=False)).to(torch.bfloat16)
+    lowp.quantize_(model, scheme)
+    with torch.no_grad():
+        tokens = torch.export.Dim("tokens", min=2, max=512)
+        program = torch.export.export(model, (batch(model, 4),), dynamic_shapes=({0: tokens},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        loaded = torch._inductor.aoti_load_package(package)
+        for size in (2, 9, 100):
+            x = batch(model, size)
+            torch.testing.assert_close(loaded(x), model(x), rtol=1e-2, atol=1e-2)
+    if model[0].weight.spec.layout == "planes":
+        with zipfile.ZipFile(package) as files:
+            assert any(b"planes_linear" in files.read(name) for name in files.namelist())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int8/row@int8/row", "nvfp4", "fp8-dynamic"])

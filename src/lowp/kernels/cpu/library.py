@@ -44,7 +44,7 @@ def use(name: str = "") -> str:
     """Choose the instruction set of all products from now on, for tests and measurements; "" is the best that this CPU has.
 
     Args:
-        name: "avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon" or "neondot".
+        name: "avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot" or "neoni8mm".
 
     Returns:
         The name in use.

@@ -33,6 +33,7 @@ from ...ops.registry import Case, Kernel
 from .library import missing
 
 _FLOATS = ("bfloat16", "float16", "float32")
+_FLOAT_TYPES = tuple(getattr(torch, name) for name in _FLOATS)
 _SPECIALS = ("none", "ieee", "fn", "fnuz")
 _MISSING = missing()  # loads the library now: this module is imported when a kernel is first asked for
 
@@ -131,14 +132,20 @@ def _weight(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor | Non
     return packed["qdata"], packed["scale"], get("zero_point"), get("scale_scale"), get("scale_zero_point")
 
 
+def _stack(packed: Packed) -> tuple[Tensor | None, ...]:
+    """`_weight` and the sums of rows of a stack of matrices, whose cut along the rows leaves gaps between the matrices."""
+    parts = (*_weight(packed), packed.get("row_sum"))
+    return tuple(part if part is None else part.contiguous() for part in parts)
+
+
 def _static_scale(packed: Packed) -> Tensor | None:
     return packed["act_scale"].to(torch.float32) if "act_scale" in packed else None
 
 
 def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tensor:
     x = _activation(x_MK, packed, spec)
-    if bias is not None and bias.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        bias = bias.to(torch.float32)
+    if bias is not None:
+        bias = (bias if bias.dtype in _FLOAT_TYPES else bias.to(torch.float32)).contiguous()
     y_MN: Tensor = torch.ops.lowp.planes_linear(
         x, *_weight(packed), packed.get("row_sum"), _static_scale(packed), bias, *_told(spec.scheme, spec.shape)
     )
@@ -148,7 +155,7 @@ def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Te
 def _grouped(x: Tensor, packed: Packed, spec: Spec, offs: Tensor | None) -> Tensor:
     x = _activation(x, packed, spec)
     y: Tensor = torch.ops.lowp.planes_grouped(
-        x, *_weight(packed), packed.get("row_sum"), _static_scale(packed), offs, *_told(spec.scheme, spec.shape)
+        x, *_stack(packed), _static_scale(packed), offs, *_told(spec.scheme, spec.shape)
     )
     return y
 
@@ -158,7 +165,7 @@ def _matmul(x: Tensor, packed: Packed, spec: Spec, transposed: bool) -> Tensor:
         return matmul_reference(x, packed, spec, transposed, dtype=x.dtype)
     told = _told(str(spec.weight), spec.shape)  # a matmul leaves x as it is, whatever the scheme
     x = x if x.stride(-1) == 1 else x.contiguous()
-    y: Tensor = torch.ops.lowp.planes_grouped(x, *_weight(packed), None, None, None, *told)
+    y: Tensor = torch.ops.lowp.planes_grouped(x, *_stack(packed), None, None, *told)
     return y
 
 

@@ -75,7 +75,8 @@ inline Grid grid_of(const Activation& a, Range range) {
   const float top = from_bits(range.top), bottom = from_bits(range.bottom);
   Grid grid;
   if (!a.asymmetric) {
-    grid.scale = a.scale ? *a.scale : stored(from_bits(range.top > range.bottom ? range.top : range.bottom) / 127.0f);
+    const bool nan = range.top > 0x7F800000 || range.bottom > 0x7F800000;
+    grid.scale = a.scale && !nan ? *a.scale : stored(from_bits(range.top > range.bottom ? range.top : range.bottom) / 127.0f);
     return grid;
   }
   const float whole = top + bottom;
@@ -106,12 +107,11 @@ inline void quantize_row(const Job& job, const Activation& a, int64_t row, int r
   const int64_t k = job.w.k, length = a.group ? a.group : k, offset = job.w.offset - (Lanes::kSignedBytes && job.w.bits == 8 ? 128 : 0);
   for (int64_t from = 0; from < k; from += length) {
     Range range;
-    if (!a.scale)
-      for (int64_t at = from; at < from + length; at += 512) {
-        int64_t count = from + length - at < 512 ? from + length - at : 512;
-        read(a, row, at, count, x);
-        widen(range, x, count);
-      }
+    for (int64_t at = from; at < from + length; at += 512) {
+      int64_t count = from + length - at < 512 ? from + length - at : 512;
+      read(a, row, at, count, x);
+      widen(range, x, count);
+    }
     const Grid grid = grid_of(a, range);
     for (int64_t at = from; at < from + length; at += job.segment) {
       const int64_t s = at / job.segment, count = from + length - at < job.segment ? from + length - at : job.segment;

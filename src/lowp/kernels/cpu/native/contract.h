@@ -91,7 +91,7 @@ struct Kernels {
   int64_t (*scratch)(const Job&);
 };
 
-extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16, kNeon, kNeonDot;
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16, kNeon, kNeonDot, kNeonI8mm;
 
 const Kernels* pick_kernels(const char* wanted);  // "" for the best that this machine has; null: none
 

@@ -64,9 +64,13 @@ bool sign_and_magnitude(const Weight& w) {
   return true;
 }
 
-Dot dot_of(const Weight& w, const Activation& a) {
-  if (a.quantized) return Dot::u8;
-  if (!kernels().has_bf16) return Dot::fp32;
+Dot dot_of(const Weight& w, const Activation& a, const Kernels& use) {
+  if (a.quantized) {
+    if (!w.is_int && (w.bits != 4 || w.halves < 1))
+      throw std::invalid_argument("lowp's CPU products multiply int8 with integers and with e2m1 only.");
+    return Dot::u8;
+  }
+  if (!use.has_bf16) return Dot::fp32;
   if (!w.is_int && (w.bits == 7 || (w.bits == 8 && !sign_and_magnitude(w)))) return Dot::fp32;
   return a.type == Type::bf16 || exact_in_bf16(w) ? Dot::bf16 : Dot::fp32;
 }
@@ -111,10 +115,11 @@ const char* use(const char* name) {
 void linear(const Weight& w, const Activation& a, const Result& y, Parallel parallel) {
   if (a.tokens == 0 || w.n == 0) return;
   if (w.k <= 0 || w.k % kTileColumns) throw std::invalid_argument("lowp's CPU products want K in multiples of 32.");
+  if (a.asymmetric && !w.row_sum) throw std::invalid_argument("lowp: an activation with a zero point wants the sums of the weight's rows.");
   const Kernels& use = kernels();
   Job job;
   job.w = w;
-  job.dot = dot_of(w, a);
+  job.dot = dot_of(w, a, use);  // not kernels() again: another thread may have chosen anew
   job.tokens = a.tokens;
   if (job.dot == Dot::u8 && !w.is_int) job.w.offset = w.halves;
   if (job.dot == Dot::bf16) job.splits = a.type == Type::bf16 ? 1 : a.type == Type::fp16 ? 2 : 3;

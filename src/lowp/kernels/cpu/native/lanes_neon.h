@@ -1,4 +1,5 @@
-// Sixteen lanes of 32 bits in four registers: NEON of AArch64, with the dot product instructions where it is compiled for them.
+// Sixteen lanes of 32 bits in four registers: NEON of AArch64, with the dot product instructions where it is compiled for them
+// (and for many rows the matrix instructions, matrices_neon.h).
 // There a product takes signed bytes on both sides: codes of 7 bits and fewer are, those of 8 bits are moved down by 128.
 #pragma once
 #include <arm_neon.h>
@@ -50,7 +51,7 @@ struct Lanes {
     return each<W>([=](int i) { return vandq_u8(v.v[i], m.v[i]); });
   }
   static W merge(W into, W v, W m) {
-    return each<W>([=](int i) { return vorrq_u8(into.v[i], vandq_u8(v.v[i], m.v[i])); });
+    return each<W>([=](int i) { return vbslq_u8(m.v[i], v.v[i], into.v[i]); });  // `into` has no bits there: one instruction
   }
   static W look_up(W table, W index) {
     return each<W>([=](int i) { return vqtbl1q_u8(table.v[i], index.v[i]); });

@@ -180,13 +180,37 @@ struct Spec {
   }
 };
 
+// The address of `count` numbers that are read as they lie, null where the tensor is not there.
+const void* numbers(const Tensor& tensor, int64_t count, const char* name) {
+  if (!tensor.there()) return nullptr;
+  if (tensor.numel() != count || !tensor.contiguous())
+    throw std::invalid_argument(std::string("lowp: planes want ") + name + " of " + std::to_string(count) + " numbers side by side, got " +
+                                std::to_string(tensor.numel()) + (tensor.contiguous() ? "." : ", apart: call .contiguous()."));
+  return tensor.data();
+}
+
+const float* floats(const Tensor& tensor, int64_t count, const char* name) {
+  if (tensor.there() && tensor.dtype() != dtypes().fp32) throw std::invalid_argument(std::string("lowp: planes want ") + name + " in float32.");
+  return static_cast<const float*>(numbers(tensor, count, name));
+}
+
+// float32, bfloat16 or float16: what x and bias may be.
+Type float_type(const Tensor& tensor, const char* name) {
+  const int32_t dtype = tensor.dtype();
+  if (dtype != dtypes().fp32 && dtype != dtypes().bf16 && dtype != dtypes().fp16)
+    throw std::invalid_argument(std::string("lowp: planes want ") + name + " in float32, bfloat16 or float16.");
+  return dtypes().type(dtype);
+}
+
 int64_t padded_rows(const Format& f) { return (f.n + 15) / 16 * 16; }
 
-Weight weight_of(const Held& held, const Spec& spec, int64_t matrices) {
+Weight weight_of(const Held& held, const Spec& spec, int64_t matrices, const Tensor& row_sum) {
   const Format& f = spec.f;
   Weight w;
   w.n = f.n;
   w.k = f.k;
+  if (f.bits < 1 || f.bits > 8 || f.n < 0 || f.k < 0 || f.k % 32 || (f.group > 0 && f.k % f.group))
+    throw std::invalid_argument("lowp: planes want 1 to 8 bits, K in multiples of 32 and groups that divide K.");
   w.bits = static_cast<int>(f.bits);
   w.is_int = f.is_int;
   w.offset = static_cast<int>(f.offset);
@@ -207,28 +231,29 @@ Weight weight_of(const Held& held, const Spec& spec, int64_t matrices) {
   w.codes = static_cast<const uint8_t*>(held.codes.data());
   w.scale = held.scale.data();
   w.scale_type = dtypes().type(held.scale.dtype());
-  if (held.zero.there()) {
-    w.zero = held.zero.data();
-    w.zero_type = dtypes().type(held.zero.dtype());
-  }
-  w.scale_scale = static_cast<const float*>(held.scale_scale.data());
-  w.scale_zero = static_cast<const float*>(held.scale_zero.data());
+  w.zero = numbers(held.zero, matrices * scales, "a zero point");
+  if (w.zero) w.zero_type = dtypes().type(held.zero.dtype());
+  const int64_t outer = f.group > 0 ? matrices * (f.n / f.nest_rows) * (f.k / f.group / f.nest_columns) : 0;
+  w.scale_scale = floats(held.scale_scale, outer, "a scale of scales");
+  w.scale_zero = floats(held.scale_zero, outer, "a zero point of scales");
+  w.row_sum = floats(row_sum, matrices * padded_rows(f), "sums of rows");
   return w;
 }
 
-Activation activation_of(const Tensor& x, const Format& f, const Tensor& static_scale) {
+Activation activation_of(const Tensor& x, int64_t axes, const Format& f, const Tensor& static_scale) {
   Activation a;
   const int64_t axis = x.dim() - 1;
-  if (x.size(axis) != f.k || (f.k > 1 && x.stride(axis) != 1))
-    throw std::invalid_argument("lowp: planes want x with K = " + std::to_string(f.k) + " columns side by side.");
+  if (x.dim() != axes || x.size(axis) != f.k || (f.k > 1 && x.stride(axis) != 1))
+    throw std::invalid_argument("lowp: planes want x of " + std::to_string(axes) + " axes with K = " + std::to_string(f.k) +
+                                " columns side by side.");
   a.x = x.data();
-  a.type = dtypes().type(x.dtype());
+  a.type = float_type(x, "x");
   a.stride = x.stride(axis - 1);
   a.tokens = x.size(axis - 1);
   a.quantized = f.act > 0;
   a.asymmetric = f.act == 2;
   a.group = f.act_group;
-  a.scale = static_cast<const float*>(static_scale.data());
+  a.scale = floats(static_scale, 1, "a static scale");
   return a;
 }
 
@@ -258,13 +283,12 @@ void linear(Word* words, uint64_t, uint64_t) {
   const Held held(words + 1);
   const Tensor row_sum(Tensor::optional(words[6])), act_scale(Tensor::optional(words[7])), bias(Tensor::optional(words[8]));
   const Spec spec(words[9], words[10]);
-  Weight w = weight_of(held, spec, 1);
-  w.row_sum = static_cast<const float*>(row_sum.data());
-  const Activation a = activation_of(x, spec.f, act_scale);
+  const Weight w = weight_of(held, spec, 1, row_sum);
+  const Activation a = activation_of(x, 2, spec.f, act_scale);
   const int64_t sizes[2] = {a.tokens, w.n};
   Tensor y = empty(2, sizes, x.dtype());
-  Result result{y.data(), a.type, w.n, bias.data(), Type::fp32};
-  if (bias.there()) result.bias_type = dtypes().type(bias.dtype());
+  Result result{y.data(), a.type, w.n, numbers(bias, w.n, "a bias"), Type::fp32};
+  if (bias.there()) result.bias_type = float_type(bias, "a bias");
   lowp::linear(w, a, result, parallel);
   words[0] = reinterpret_cast<Word>(y.release());
 }
@@ -276,12 +300,13 @@ void grouped(Word* words, uint64_t, uint64_t) {
   const Tensor row_sum(Tensor::optional(words[6])), act_scale(Tensor::optional(words[7])), offs(Tensor::optional(words[8]));
   const Spec spec(words[9], words[10]);
   const int64_t experts = held.codes.size(0);
-  Weight w = weight_of(held, spec, experts);
-  w.row_sum = static_cast<const float*>(row_sum.data());
-  const Activation a = activation_of(x, spec.f, act_scale);
+  const Weight w = weight_of(held, spec, experts, row_sum);
+  const Activation a = activation_of(x, offs.there() ? 2 : 3, spec.f, act_scale);
+  if (offs.there() ? offs.dtype() != dtypes().int32 : x.size(0) != experts)
+    throw std::invalid_argument("lowp: planes_grouped wants offsets in int32, or x with a matrix for each of " + std::to_string(experts) + " experts.");
   const int64_t sizes[3] = {experts, a.tokens, w.n};
   Tensor y = offs.there() ? empty(2, sizes + 1, x.dtype()) : empty(3, sizes, x.dtype());
-  const int32_t* ends = static_cast<const int32_t*>(offs.data());
+  const int32_t* ends = static_cast<const int32_t*>(numbers(offs, experts, "offsets"));
   int64_t start = 0;
   for (int64_t e = 0; e < experts; e++) {
     const int64_t end = ends ? ends[e] : a.tokens;
@@ -302,7 +327,7 @@ void embedding(Word* words, uint64_t, uint64_t) {
   const Tensor ids(reinterpret_cast<TorchTensor>(words[0]));
   const Held held(words + 1);
   const Spec spec(words[6], words[7]);
-  const Weight w = weight_of(held, spec, 1);
+  const Weight w = weight_of(held, spec, 1, Tensor());
   if (ids.dim() != 1 || !ids.contiguous() || ids.dtype() != dtypes().int64) throw std::invalid_argument("lowp: planes_embedding wants a vector of int64.");
   const int64_t sizes[2] = {ids.numel(), w.k};
   Tensor y = empty(2, sizes, dtypes().fp32);

@@ -323,6 +323,12 @@ void block_times_panel(const Job& job, int64_t block, int64_t first, int64_t seg
   block_times_lines<Of, R, Panel, Panel, false>(job, block, first, segments, lines, scales, zeros, total);
 }
 
+#ifdef __ARM_FEATURE_MATMUL_INT8
+}  // namespace
+#include "matrices_neon.h"
+namespace {
+#endif
+
 // -- few rows ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMostSegments = 32;   // of 16 columns in 512
@@ -432,6 +438,9 @@ inline void open_panel(const Job& job, UnpackColumns unpack, int64_t panel, int6
     const int64_t tile = panel * Lanes::kPanel + t < w.tiles() ? panel * Lanes::kPanel + t : w.tiles() - 1;  // the last again
     const uint8_t* codes_at = w.codes + tile * w.tile_bytes() + from / kTileColumns * 64 * w.bits;
     unpack(w, codes_at, to - from, lines + 64 * t, 64 * Lanes::kPanel);
+#ifdef __ARM_FEATURE_MATMUL_INT8
+    if (job.dot == Dot::u8) pair_lines(lines, (to - from) / 4);
+#endif
     read_scales(w, tile, job.segment, first, segments, kPanelRows, scale_factor(job), scales + 16 * t, zeros + 16 * t);
   }
 }

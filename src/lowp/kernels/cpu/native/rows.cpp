@@ -112,7 +112,9 @@ const Kernels* const* available() {
     if (avx2) found[n++] = &kAvx2;
 #elif defined(__aarch64__)
 #if defined(__linux__)
-    if (getauxval(AT_HWCAP) & (1UL << 20)) found[n++] = &kNeonDot;  // HWCAP_ASIMDDP
+    const bool dot = getauxval(AT_HWCAP) & (1UL << 20);                            // HWCAP_ASIMDDP
+    if (dot && getauxval(AT_HWCAP2) & (1UL << 13)) found[n++] = &kNeonI8mm;  // HWCAP2_I8MM
+    if (dot) found[n++] = &kNeonDot;
 #elif defined(__APPLE__)
     found[n++] = &kNeonDot;  // every Apple chip with macOS has it
 #endif
