@@ -56,8 +56,8 @@ LOWP_INLINE inline void sum_pairs(const uint8_t* lines, const uint32_t* words, i
 }
 
 template <>
-void block_times_lines<OfBytes, lowp::kBlock, 1>(const Job& job, int64_t block, int64_t first, int64_t segments, const uint8_t* lines,
-                                                 const float* scales, const float* zeros, float* total) {
+void block_times_lines<OfBytes, lowp::kBlock, 1, 1, false>(const Job& job, int64_t block, int64_t first, int64_t segments,
+                                                           const uint8_t* lines, const float* scales, const float* zeros, float* total) {
   constexpr int R = lowp::kBlock;
   const uint32_t* words = job.words + block * job.block_words() + first * job.segment / 4 * R;
   for (int64_t s = 0; s < segments; s++) {
