@@ -20,27 +20,19 @@ A slice of whole units of 64 rows is a slice of each tensor, and so is a slice o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ..errors import MisfitError
 from ..numerics import Format, Parts
 from ..numerics.element import Element
 from .base import Layout, Packed, Spec
-from .plain import cut_part
+from .tiled import by_group, cut_tiles, planes, tile_scales, untile_scales, why_not_tiles
 
 UNIT = 64  # rows and columns
 _LANES = 128  # of a warpgroup
 _PAIRS = 16  # of a lane in a unit
-
-
-def planes(bits: int) -> tuple[int, ...]:
-    """Widths of the planes that hold so many bits, the lowest first.
-
-    >>> planes(7)
-    (4, 2, 1)
-    """
-    return (8,) if bits == 8 else tuple(width for width in (4, 2, 1) if bits & width)
 
 
 def _places(element: Element, width: int) -> tuple[int, int]:
@@ -116,24 +108,6 @@ def _unpack_codes(qdata: Tensor, element: Element, rows: int) -> Tensor:
     return _from_lanes(lanes)[..., :rows, :]
 
 
-def by_group(fmt: Format) -> bool:
-    """Whether groups of columns have scales of their own."""
-    return fmt.block not in ("row", "tensor")
-
-
-def tile_scales(per_block: Tensor, unit: int) -> Tensor:
-    """(..., N, G) -> (..., N/unit, G, unit): scales of groups of columns, those of a unit of rows side by side."""
-    raw = per_block.view(torch.uint8) if per_block.element_size() == 1 else per_block
-    padded = torch.nn.functional.pad(raw, (0, 0, 0, -raw.shape[-2] % unit))
-    return padded.unflatten(-2, (-1, unit)).mT.contiguous().view(per_block.dtype)
-
-
-def untile_scales(tiled: Tensor, rows: int) -> Tensor:
-    """The inverse, for so many rows."""
-    raw = tiled.view(torch.uint8) if tiled.element_size() == 1 else tiled
-    return raw.mT.flatten(-3, -2)[..., :rows, :].contiguous().view(tiled.dtype)
-
-
 def _pack(parts: Parts, spec: Spec) -> Packed:
     fmt = spec.weight
     packed = parts.tensors() | {"qdata": _pack_codes(fmt.element.to_codes(parts.qdata), fmt.element)}
@@ -152,36 +126,13 @@ def _unpack(packed: Packed, spec: Spec) -> Parts:
     )
 
 
-def _cut(packed: Packed, spec: Spec, axis: int, start: int, stop: int) -> Packed:
-    rows, axis = spec.shape[-2], axis % len(spec.shape) - len(spec.shape)
-    if axis == -1 or (axis == -2 and (start % UNIT or (stop % UNIT and stop != rows))):
-        raise MisfitError(
-            f"a cut [{start}:{stop}] of axis {axis} of {spec.scheme} {spec.shape} splits units of {UNIT} rows, whole along K, "
-            f"in the layout fragments: cut axis -2 at multiples of {UNIT}, or call .to_layout('plain') first."
-        )
-    tiled = {"qdata", "scale", "zero_point"} if by_group(spec.weight) else {"qdata"}
-    units = (start, stop) if axis < -2 else (start // UNIT, -(-stop // UNIT))
-    return {
-        name: tensor.narrow(axis - 1, units[0], units[1] - units[0])  # one axis more: rows are units and rows of a unit
-        if name in tiled
-        else cut_part(name, tensor, spec, axis, start, stop)
-        for name, tensor in packed.items()
-    }
-
-
 def _why_not(fmt: Format, shape: tuple[int, ...], device: str) -> str:
-    if fmt.is_identity:
-        return f"wants codes of at most 8 bits, got {fmt}"
     if fmt.element.kind == "codebook" and fmt.element.bits != 4:
         return f"wants codebooks of 4 bits, got {fmt.element.name}"
-    if len(shape) < 2 or shape[-1] % UNIT or 0 in shape:
-        return f"wants matrices with K in multiples of {UNIT}, got {tuple(shape)}"
-    if not by_group(fmt):
-        return "" if fmt.nested is None else f"wants scales of rows that are floats, got {fmt}"
-    try:
-        rows, columns = fmt.block_dims(shape)
-    except MisfitError as error:
-        return str(error)
+    refused = why_not_tiles(fmt, shape, UNIT)
+    if refused or not by_group(fmt):
+        return refused
+    rows, columns = fmt.block_dims(shape)
     if rows != 1 or columns % 16 or (UNIT % columns and columns % UNIT):
         return f"wants groups of 16, 32 or multiples of {UNIT} columns of one row, got {fmt}"
     return ""
@@ -194,7 +145,7 @@ LAYOUTS = (
         pack=_pack,
         unpack=_unpack,
         why_not=_why_not,
-        cut=_cut,
+        cut=functools.partial(cut_tiles, unit=UNIT),
         unit=UNIT,
     ),
 )

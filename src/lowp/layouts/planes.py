@@ -18,15 +18,15 @@ A slice of whole tiles of 16 rows is a slice of each tensor, and so is a slice o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from ..errors import MisfitError
 from ..numerics import Format, Parts, dequantize
 from ..numerics.element import Element
 from .base import Layout, Packed, Spec
-from .fragments import by_group, planes, tile_scales, untile_scales
-from .plain import cut_part
+from .tiled import by_group, cut_tiles, planes, tile_scales, untile_scales, why_not_tiles
 
 ROWS, COLUMNS = 16, 32  # of a tile
 _QUADS = COLUMNS // 4
@@ -88,38 +88,11 @@ def _unpack(packed: Packed, spec: Spec) -> Parts:
     return Parts.of(parts | {"qdata": fmt.element.from_codes(codes.contiguous())})
 
 
-def _cut(packed: Packed, spec: Spec, axis: int, start: int, stop: int) -> Packed:
-    rows, axis = spec.shape[-2], axis % len(spec.shape) - len(spec.shape)
-    if axis == -1 or (axis == -2 and (start % ROWS or (stop % ROWS and stop != rows))):
-        raise MisfitError(
-            f"a cut [{start}:{stop}] of axis {axis} of {spec.scheme} {spec.shape} splits tiles of {ROWS} rows, whole along K, "
-            f"in the layout planes: cut axis -2 at multiples of {ROWS}, or call .to_layout('plain') first."
-        )
-    tiled = {"qdata", "row_sum"} | ({"scale", "zero_point"} if by_group(spec.weight) else set())
-    units = (start, stop) if axis < -2 else (start // ROWS, -(-stop // ROWS))
-
-    def place(name: str) -> int:  # one axis more: rows are tiles and rows of a tile; the sums have no columns
-        return axis if name == "row_sum" else axis - 1
-
-    return {
-        name: tensor.narrow(place(name), units[0], units[1] - units[0])
-        if name in tiled
-        else cut_part(name, tensor, spec, axis, start, stop)
-        for name, tensor in packed.items()
-    }
-
-
 def _why_not(fmt: Format, shape: tuple[int, ...], device: str) -> str:
-    if fmt.is_identity:
-        return f"wants codes of at most 8 bits, got {fmt}"
-    if len(shape) < 2 or shape[-1] % COLUMNS or 0 in shape:
-        return f"wants matrices with K in multiples of {COLUMNS}, got {tuple(shape)}"
-    if not by_group(fmt):
-        return "" if fmt.nested is None else f"wants scales of rows that are floats, got {fmt}"
-    try:
-        rows, columns = fmt.block_dims(shape)
-    except MisfitError as error:
-        return str(error)
+    refused = why_not_tiles(fmt, shape, COLUMNS)
+    if refused or not by_group(fmt):
+        return refused
+    rows, columns = fmt.block_dims(shape)
     if rows != 1 or (columns != 16 and columns % COLUMNS):
         return f"wants groups of 16 or multiples of {COLUMNS} columns of one row, got {fmt}"
     return ""
@@ -132,7 +105,7 @@ LAYOUTS = (
         pack=_pack,
         unpack=_unpack,
         why_not=_why_not,
-        cut=_cut,
+        cut=functools.partial(cut_tiles, unit=ROWS, by_rows=("row_sum",)),
         unit=ROWS,
     ),
 )

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ...layouts import LAYOUTS, Spec
 from ...layouts.base import Packed
-from ...layouts.fragments import by_group
+from ...layouts.tiled import by_group
 from ...numerics import Format, Scheme, known_formats
 from ...ops.cast import fake_cast
 from ...ops.how import decoded, native, with_activation

@@ -32,7 +32,8 @@ from torch import Tensor
 from ...errors import KernelError
 from ...layouts import LAYOUTS, Spec
 from ...layouts.base import Packed
-from ...layouts.fragments import UNIT, by_group, planes
+from ...layouts.fragments import UNIT
+from ...layouts.tiled import by_group, planes
 from ...numerics import Format, Scheme, known_formats
 from ...ops import tuned
 from ...ops.cast import cast_interleaved, fake_cast
