@@ -115,3 +115,18 @@ def test_weights_stay_in_few_bits_under_compile():
     packed = [(*tensor.shape, tensor.dtype) for tensor in model.weight.packed.values()]
     assert all(shape in graphs[0] for shape in packed)
     assert not any(math.prod(shape[:-1]) >= 256 * 256 for shape in graphs[0])
+
+
+def test_graphs_kept_on_disk_do_not_outlive_the_code_that_chose_their_kernels(tmp_path, monkeypatch):
+    from lowp.tensor import qtensor
+
+    kernel = tmp_path / "kernels" / "library.so"
+    kernel.parent.mkdir()
+    monkeypatch.setattr(qtensor, "__file__", str(tmp_path / "tensor" / "qtensor.py"))
+    seen = [qtensor._installed.__wrapped__()]
+    for content in (b"one", b"another"):
+        kernel.write_bytes(content)
+        seen.append(qtensor._installed.__wrapped__())
+    assert len(set(seen)) == 3
+    kept = qtensor.QTensor.quantize(torch.randn(8, 64), "int8/row")._stable_hash_for_caching()
+    assert qtensor._installed() in kept

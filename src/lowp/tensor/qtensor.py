@@ -15,7 +15,10 @@ Source of the mechanism: torch's wrapper subclasses, https://docs.pytorch.org/do
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -217,8 +220,8 @@ class QTensor(Tensor):
         return cls.of(named, spec, dtype=dtype, shape=tuple(outer_size), transposed=transposed)
 
     def _stable_hash_for_caching(self) -> str:
-        """What torch.compile's cache on disk keys on: the metadata, not the numbers."""
-        return repr((self.__tensor_flatten__(), tuple(self.shape)))
+        """What torch.compile's cache on disk keys on: the metadata, not the numbers, and the code that chose the kernels."""
+        return repr((self.__tensor_flatten__(), tuple(self.shape), _installed()))
 
     # Functions decompose into aten operators first; dynamo has nothing of ours to trace.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -254,6 +257,18 @@ class QTensor(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         where = f"dtype={self.dtype}, device={self.device}, layout={self.spec.layout}"
         return f"{type(self).__name__}({self.spec.scheme}, shape={tuple(self.shape)}, {where})"
+
+
+@functools.cache
+def _installed() -> str:
+    """Which lowp this is, by the size and time of its files: a graph that torch.compile kept on disk has its kernels and what
+    they are told written into it, and must not outlive them."""
+    folder = Path(__file__).parents[1]
+    files = sorted(path for kind in ("*.py", "*.cu", "*.so") for path in folder.rglob(kind))
+    seen = [
+        (str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for path in files for stat in (path.stat(),)
+    ]
+    return hashlib.sha256(repr(seen).encode()).hexdigest()
 
 
 def _rebuild(packed: Packed, metadata: tuple[Any, ...], kind: type[QTensor]) -> Tensor:
