@@ -17,6 +17,7 @@ Every test starts from the same random seed.
 import importlib.metadata
 import os
 import random
+import tempfile
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from packaging.requirements import Requirement
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: before anything imports lowp.kernels.triton_
+_GRAPHS = tempfile.TemporaryDirectory(prefix="lowp-inductor-", ignore_cleanup_errors=True)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _GRAPHS.name  # no graph that other code left on the disk
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: more threads than cores only wait for each other
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 
