@@ -11,7 +11,7 @@ from torch import nn
 
 from lowp.errors import CheckpointError, MisfitError, TensorRuleError
 from lowp.tensor import QTensor
-from lowp.torchao import base, flatten
+from lowp.torchao import base, flatten, library
 from lowp.torchao.apply import TENSORS, quantize_
 from lowp.torchao.config import CONFIG_ROWS, CONFIGS
 from lowp.torchao.nf4 import NF4Tensor, linear_nf4, to_nf4
@@ -186,8 +186,17 @@ def test_compiled_modules_compute_the_same(name):
         assert torch.allclose(y, model(x), rtol=0.02, atol=0.02)
 
 
+@pytest.fixture(params=[False, True], ids=["alone", "operators"])
+def operators(request):
+    """As if a real torchao had been imported: its operators are there, the redirect is not."""
+    if request.param:
+        library.define()
+    yield
+    library.undefine()
+
+
 @each_name
-def test_unwrapped_modules_compute_the_same(name):
+def test_unwrapped_modules_compute_the_same(name, operators):
     w = weight(name)
     model = nn.Sequential(nn.Linear(256, 128, bias=False, dtype=torch.bfloat16))
     model[0].weight = nn.Parameter(w, requires_grad=False)
