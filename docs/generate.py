@@ -88,7 +88,10 @@ def kernels_page() -> str:
         "# Kernels and layouts",
         "Made by `docs/generate.py` from the kernel table. `lowp explain linear int4` says which can run where you are.",
     ]
-    for op in ("linear", "matmul", "grouped", "embedding", "cast", "fake_cast", "cast_codes_as", "cast_interleaved"):
+    for op in (
+        "linear", "matmul", "grouped", "product", "grouped_product", "embedding", "cast", "cast_both", "fake_cast",
+        "cast_codes_as", "cast_interleaved",
+    ):  # fmt: skip
         rows = [
             (
                 f"`{k.name}`",

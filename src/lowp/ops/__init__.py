@@ -4,11 +4,13 @@ An op is one file here: its contract and its reference, the meaning of the op in
 under `kernels/`: it says which cases it can run and runs them. `pick` chooses, by what is fixed when a graph is traced.
 """
 
-from .cast import cast, cast_codes_as, cast_interleaved, fake_cast
+from .cast import cast, cast_both, cast_codes_as, cast_interleaved, fake_cast
 from .embedding import embedding
 from .grouped import grouped
+from .grouped_product import grouped_product
 from .linear import linear
 from .matmul import matmul
+from .product import product
 from .registry import Case, Kernel, best_layout, device_of, explain, kernels_of, pick, strict
 
 __all__ = [
@@ -16,6 +18,7 @@ __all__ = [
     "Kernel",
     "best_layout",
     "cast",
+    "cast_both",
     "cast_codes_as",
     "cast_interleaved",
     "device_of",
@@ -23,9 +26,11 @@ __all__ = [
     "explain",
     "fake_cast",
     "grouped",
+    "grouped_product",
     "kernels_of",
     "linear",
     "matmul",
     "pick",
+    "product",
     "strict",
 ]

@@ -6,7 +6,10 @@
     cast_interleaved    x_MK -> codes of 8 bits, scale_M      for a product that wants the halves of each 16 columns interleaved;
                                                               math in float32, as fake_cast
 
-All four first multiply by `pre_scale` (AWQ, SmoothQuant) where there is one, and take the scale from the token itself
+    cast_both       x_MK -> Parts of x_MK, Parts of its transpose     what training needs: the products of a linear layer forward
+                                                              and backward contract over K and over M
+
+The first four multiply by `pre_scale` (AWQ, SmoothQuant) where there is one, and take the scale from the token itself
 (dynamic) or from `act_scale` (static). The references below are `numerics`; a kernel answers the same bytes and scales, in one
 pass over memory.
 
@@ -17,13 +20,15 @@ Legend: M tokens, K input channels.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..numerics import Format, Parts, dequantize, quantize
-from ..numerics.math import quantize_given
+from ..numerics import ELEMENTS, Format, Parts, dequantize, quantize
+from ..numerics.math import ZERO_POINT_DTYPES, quantize_given
+from .operator import define, plain
 from .registry import Case, Kernel, device_capability, pick
 
 
@@ -90,6 +95,90 @@ def cast_interleaved(
     return answer
 
 
+def cast_both(
+    x_MK: Tensor,
+    rows: str | None,
+    columns: str | None,
+    *,
+    act_scale: Tensor | None = None,
+    multiple: int = 1,
+    stochastic: bool = False,
+) -> list[Tensor]:
+    """Quantize a matrix for a product over its columns, and its transpose for a product over its rows.
+
+    Args:
+        x_MK: (M, K), any float dtype. rows: spelling of the format of x_MK, or None. columns: of its transpose (K, M), or None.
+        act_scale: () or None, a static scale of formats with one scale for the tensor.
+        multiple: rows of zeros are added below until M is a multiple, for the transposed form alone.
+        stochastic: round at random, unbiased.
+
+    Returns:
+        The tensors of the forms asked for, rows first, each in the order of `part_names` of its format: a Parts as
+        torch.compile can hold it; `parts_of` reads it.
+
+    Raises:
+        MisfitError: blocks that do not divide the shape.
+    """
+    args = (x_MK, rows or "", columns or "", act_scale, multiple, stochastic)
+    made: list[Tensor] = _cast_both(*args) if plain(x_MK) else torch.ops.lowp.cast_both(*args)
+    return made
+
+
+def cast_turned(tensors: list[Tensor], fmt: str, to: str, dtype: torch.dtype) -> list[Tensor]:
+    """The transpose of a matrix of which only the codes are at hand.
+
+    Args:
+        tensors: of (N, K) in the format `fmt`. to: the format of the transpose (K, N), or "" for floats in `dtype`.
+
+    Returns:
+        The tensors of the transpose. The codes themselves where one scale serves a square or the whole, else cast anew from the
+        values: then numbers are rounded twice, but for scales that are powers of two, where only the smallest are.
+    """
+    args = (tensors, fmt, to, dtype)
+    made: list[Tensor] = _cast_turned(*args) if plain(tensors[0]) else torch.ops.lowp.cast_turned(*args)
+    return made
+
+
+def _cast_turned(tensors: list[Tensor], fmt: str, to: str, dtype: torch.dtype) -> list[Tensor]:
+    parsed = Format.parse(fmt)
+    rows, _, columns = parsed.block.partition("x")
+    if fmt == to and (parsed.block == "tensor" or rows == columns) and parsed.nested is None:
+        return [
+            tensor.t().clone(memory_format=torch.contiguous_format) for tensor in tensors
+        ]  # never the operand itself
+    values = dequantize(parts_of(tensors, parsed), parsed, torch.float32 if to else dtype)
+    return _cast_both(values, "", to, None, 1, False) if to else [values.t().contiguous()]
+
+
+def _turned_fake(tensors: list[Tensor], fmt: str, to: str, dtype: torch.dtype) -> list[Tensor]:
+    shape = (tensors[0].shape[1], tensors[0].shape[0])
+    return empty_parts(tensors[0], Format.parse(to), shape) if to else [tensors[0].new_empty(shape, dtype=dtype)]
+
+
+def part_names(fmt: Format) -> tuple[str, ...]:
+    """The names of the parts that a format without a zero point for its scales has, in order."""
+    more = (("zero_point", fmt.zero_point), ("scale_scale", fmt.nested))
+    return ("qdata", *(() if fmt.is_identity else ("scale",)), *(name for name, there in more if there))
+
+
+def parts_of(tensors: list[Tensor], fmt: Format) -> Parts:
+    """The parts of a list that `cast_both` made."""
+    return Parts(**dict(zip(part_names(fmt), tensors, strict=True)))
+
+
+def empty_parts(x: Tensor, fmt: Format, shape: tuple[int, ...]) -> list[Tensor]:
+    """Uninitialised tensors of the parts that a tensor of `shape` has: for operators whose shapes are asked for."""
+    scale_shape = (1, 1) if fmt.block == "tensor" else fmt.scale_shape(shape)
+    nested = fmt.nested
+    out = [x.new_empty(shape, dtype=fmt.element.dtype)]
+    out.append(x.new_empty(scale_shape, dtype=nested.element.dtype if nested else ELEMENTS[str(fmt.scale)].dtype))
+    if fmt.zero_point:
+        out.append(x.new_empty(scale_shape, dtype=ZERO_POINT_DTYPES[fmt.zero_point]))
+    if nested:
+        out.append(x.new_empty((1, 1), dtype=torch.float32))
+    return out
+
+
 def case_of_cast(op: str, x_MK: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale: Tensor | None) -> Case:
     """The case of a cast: its scheme is the activation's format, its shape (K,), whatever the number of tokens."""
     device = x_MK.device
@@ -118,6 +207,52 @@ def _kernel(op: str, x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale
     if found is None or found[0].fallback:  # a fallback is picked anew: strict mode may have begun
         found = _KERNELS[key] = pick(case_of_cast(op, x, fmt, act_scale, pre_scale)), fmt
     return found[0]
+
+
+def _cast_both(
+    x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, stochastic: bool
+) -> list[Tensor]:
+    extras = (("rows", rows), ("columns", columns), ("act_scale", act_scale is not None), ("stochastic", stochastic))
+    device = x.device
+    case = _case_of_both(
+        rows, columns, device.type, device.index, x.dtype, x.shape[-1], tuple(n for n, t in extras if t)
+    )
+    made: list[Tensor] = pick(case).run(x, rows, columns, act_scale, multiple, stochastic)
+    return made
+
+
+@functools.lru_cache(maxsize=4096)
+def _case_of_both(
+    rows: str, columns: str, device: str, index: int | None, dtype: torch.dtype, width: int, extras: tuple[str, ...]
+) -> Case:
+    return Case(
+        op="cast_both",
+        scheme="@".join(form for form in (rows, columns) if form),
+        device=device,
+        sm=device_capability(device, index),
+        dtype=str(dtype).removeprefix("torch."),
+        shape=(width,),
+        extras=extras,
+    )
+
+
+def _both_fake(
+    x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, stochastic: bool
+) -> list[Tensor]:
+    tokens, width = x.shape
+    made = empty_parts(x, Format.parse(rows), (tokens, width)) if rows else []
+    height = (tokens + multiple - 1) // multiple * multiple
+    return made + (empty_parts(x, Format.parse(columns), (width, height)) if columns else [])
+
+
+define(
+    "cast_both",
+    "(Tensor x, str rows, str columns, Tensor? act_scale, int multiple, bool stochastic) -> Tensor[]",
+    _cast_both,
+    _both_fake,
+    random=True,
+)
+define("cast_turned", "(Tensor[] tensors, str fmt, str to, ScalarType dtype) -> Tensor[]", _cast_turned, _turned_fake)
 
 
 # -- the references ---------------------------------------------------------------------------------------------------
@@ -165,3 +300,24 @@ def interleaved_reference(
     assert parts.scale is not None
     codes = parts.qdata.view(torch.uint8).unflatten(-1, (-1, 2, 8)).mT.flatten(-3).contiguous()
     return codes.view(parts.qdata.dtype), parts.scale.reshape(-1).expand(x_MK.shape[0]).contiguous()
+
+
+def both_reference(
+    x_MK: Tensor,
+    rows: str,
+    columns: str,
+    act_scale: Tensor | None = None,
+    multiple: int = 1,
+    stochastic: bool = False,
+) -> list[Tensor]:
+    """The meaning of cast_both."""
+
+    def one(x: Tensor, fmt: Format) -> list[Tensor]:
+        parts = quantize(x, fmt, stochastic=True) if stochastic else reference(x, fmt, act_scale)
+        return list(parts.tensors().values())
+
+    made = one(x_MK, Format.parse(rows)) if rows else []
+    if not columns:
+        return made
+    below = torch.nn.functional.pad(x_MK, (0, 0, 0, -x_MK.shape[0] % multiple))
+    return made + one(below.t().contiguous(), Format.parse(columns))

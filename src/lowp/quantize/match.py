@@ -167,11 +167,14 @@ def _matrix_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rule:
+class Rule:
+    """One line of the rules: a pattern, and what it gives (a scheme; None: the tensor stays as it is)."""
+
     pattern: str | Predicate
     scheme: str | None
 
     def matches(self, target: Target) -> bool:
+        """Whether it names a tensor."""
         if not isinstance(self.pattern, str):
             return any(self.pattern(name.rpartition(".")[0], target.module) for name in (target.fqn, *target.tied))
         if self.pattern == "*":
@@ -184,7 +187,23 @@ class _Rule:
         return self.pattern if isinstance(self.pattern, str) else getattr(self.pattern, "__name__", "predicate")
 
 
-def _read_rules(rules: Rules) -> list[_Rule]:
+def matched(
+    model: nn.Module, rules: Rules, read: Callable[[str], str] = lambda scheme: str(Scheme.parse(scheme))
+) -> list[tuple[Target, Rule | None]]:
+    """Every target of the model with the first rule that matches it.
+
+    Args:
+        read: checks what a rule gives, and answers its canonical spelling.
+
+    Raises:
+        SpellingError: what `read` refuses; a rule that matches nothing.
+    """
+    rows, found = _read_rules(rules, read), targets(model)
+    _check_used(rows, found)
+    return [(target, next((rule for rule in rows if rule.matches(target)), None)) for target in found]
+
+
+def _read_rules(rules: Rules, parse: Callable[[str], str]) -> list[Rule]:
     pairs = {"*": rules} if isinstance(rules, str) else rules
     if not isinstance(pairs, Mapping) or not pairs:
         raise SpellingError(f"rules want a scheme such as 'int4' or a mapping from patterns to schemes, got {rules!r}.")
@@ -195,11 +214,11 @@ def _read_rules(rules: Rules) -> list[_Rule]:
                 re.compile(pattern[3:])
             except re.error as error:
                 raise SpellingError(f"rule {pattern!r} is not a regular expression: {error}.") from None
-        read.append(_Rule(pattern=pattern, scheme=None if scheme is None else str(Scheme.parse(scheme))))
+        read.append(Rule(pattern=pattern, scheme=None if scheme is None else parse(scheme)))
     return read
 
 
-def _check_used(rules: list[_Rule], found: list[Target]) -> None:
+def _check_used(rules: list[Rule], found: list[Target]) -> None:
     for rule in rules:
         if not any(rule.matches(target) for target in found):
             names = [name for target in found for name in (target.fqn.rpartition(".")[0],)]
@@ -244,15 +263,12 @@ def planned(
     if on_misfit not in ("error", "skip"):
         raise SpellingError.of("on_misfit", on_misfit, ("error", "skip"))
     method_of(method)
-    read, found = _read_rules(rules), targets(model)
-    _check_used(read, found)
-    for target in found:
-        rule = next((rule for rule in read if rule.matches(target)), None)
+    for target, rule in matched(model, rules):
         yield target, _row(target, rule, method, device, on_misfit)
 
 
 def _row(
-    target: Target, rule: _Rule | None, method: str | Method, device: torch.device | str | None, on_misfit: str
+    target: Target, rule: Rule | None, method: str | Method, device: torch.device | str | None, on_misfit: str
 ) -> PlanRow:
     if rule is None or rule.scheme is None:
         why = "no rule matches" if rule is None else f"rule {str(rule)!r} keeps it"

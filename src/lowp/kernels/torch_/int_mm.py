@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
+from ...numerics import Format, Parts
 from ...ops.how import native
 from ...ops.linear import quantized_input
 from ...ops.registry import Case, Kernel
@@ -79,6 +80,26 @@ def scale_sums(
     return y_MN.to(dtype)
 
 
+def _why_not_product(case: Case) -> str:
+    if case.act is None or not _codes(case.weight) or not _codes(case.act):
+        return f"wants int8 or ternary by row or tensor on both sides, without zero points, got {case.scheme}"
+    if case.device not in ("cpu", "cuda"):
+        return f"wants cpu or cuda, got {case.device}"
+    if case.device == "cuda" and (case.sm < 80 or any(size % 8 for size in case.shape)):
+        return f"wants sm80 or later and N, K in multiples of 8 on cuda, got sm{case.sm} and {case.shape}"
+    return ""
+
+
+def _codes(fmt: Format) -> bool:
+    plain = fmt.zero_point is None and fmt.nested is None
+    return fmt.element.name in ("int8", "ternary") and fmt.block in ("row", "tensor") and plain
+
+
+def _run_product(a: Parts, b: Parts, scheme: str, dtype: torch.dtype, fast: bool) -> Tensor:
+    assert a.scale is not None and b.scale is not None
+    return scale_sums(a.qdata, a.scale, None, b.qdata, b.scale, None, dtype)
+
+
 def _how(case: Case) -> str:
     units = "tensor cores" if case.device == "cuda" else f"products on the {case.device}"
     return native(case, f"int8 {units} with int32 sums by torch._int_mm")
@@ -95,5 +116,16 @@ KERNELS = (
         how=_how,
         about="torch._int_mm, the activation cast first",
         cases=("int8/row@int8/row", "int8/row@int8/row+int8", "int8/tensor@int8/tensor", "int8/row*bf16@int8/row"),
+    ),
+    Kernel(
+        op="product",
+        name="int_mm",
+        rank=200,
+        layout="",
+        why_not=_why_not_product,
+        run=_run_product,
+        how=lambda case: "native: int8 products with int32 sums by torch._int_mm",
+        about="torch._int_mm, the scales after",
+        cases=("int8/row@int8/row", "int8/tensor@int8/tensor", "ternary/tensor@int8/row"),
     ),
 )

@@ -16,14 +16,26 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
-from ...ops.cast import codes_reference, fake_cast, fake_reference, interleaved_reference, why_not_interleaved
+from ...numerics import Parts, dequantize
+from ...ops.cast import (
+    both_reference,
+    codes_reference,
+    fake_cast,
+    fake_reference,
+    interleaved_reference,
+    why_not_interleaved,
+)
 from ...ops.cast import reference as cast_reference
 from ...ops.embedding import reference as embedding_reference
 from ...ops.grouped import reference as grouped_reference
+from ...ops.grouped_product import group_values
+from ...ops.grouped_product import reference as grouped_product_reference
 from ...ops.how import decoded, short, with_activation
 from ...ops.linear import act_values, prescale, weight_values
 from ...ops.linear import reference as linear_reference
 from ...ops.matmul import reference as matmul_reference
+from ...ops.product import formats, values_product
+from ...ops.product import reference as product_reference
 from ...ops.registry import Case, Kernel
 
 
@@ -60,6 +72,31 @@ def _why_not_grouped(case: Case) -> str:
     if any(size % 8 for size in case.shape[-2:]):
         return f"wants N and K in multiples of 8, got {case.shape}"
     return ""
+
+
+def _product_dequantized(a: Parts, b: Parts, scheme: str, dtype: torch.dtype, fast: bool) -> Tensor:
+    return values_product(a, b, scheme, dtype, dtype)
+
+
+def _grouped_product_dequantized(a: Parts, b: Parts, offs: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
+    fmt_a, fmt_b = formats(scheme)
+    if b.qdata.dim() == 3:
+        values = dequantize(b, fmt_b, torch.bfloat16).mT
+        return torch._grouped_mm(dequantize(a, fmt_a, torch.bfloat16), values, offs=offs).to(dtype)
+    a_NP, b_KP = (group_values(parts, fmt, offs, torch.bfloat16) for parts, fmt in ((a, fmt_a), (b, fmt_b)))
+    return torch._grouped_mm(a_NP, b_KP.t(), offs=offs).to(dtype)
+
+
+def _why_not_product(case: Case) -> str:
+    """On a CPU the reference is as fast, and its numbers are those of the float8 units: exact products, float32 sums."""
+    if case.device != "cuda":
+        return f"wants cuda, got {case.device}"
+    return "" if case.dtype in ("bfloat16", "float16") else f"wants bfloat16 or float16, got {case.dtype}"
+
+
+def _both_operands(case: Case, to: str) -> str:
+    names = sorted({fmt.element.name for fmt in (case.weight, case.act) if fmt is not None and not fmt.is_identity})
+    return f"emulated: {' and '.join(names)} decoded to {to}, torch's {to} product"
 
 
 def _dequantized(case: Case, product: str) -> str:
@@ -115,7 +152,21 @@ KERNELS = (
         "grouped", "reference", grouped_reference, "every token times every expert, its own kept",
         partial(_with_activation, how=_by_reference, product="product of every token and every expert"),
     ),
+    _last(
+        "product", "dequantize", _product_dequantized, "both operands decoded, then torch's product",
+        lambda case: _both_operands(case, short(case)), _why_not_product,
+    ),
+    _last(
+        "grouped_product", "dequantize", _grouped_product_dequantized, "both operands decoded, then torch._grouped_mm",
+        lambda case: _both_operands(case, "bf16"), _why_not_product,
+    ),
+    _last(
+        "grouped_product", "reference", grouped_product_reference, "a loop over experts, in float32",
+        lambda case: _both_operands(case, "fp32"),
+    ),
+    _last("product", "reference", product_reference, _DEFINITION, lambda case: _both_operands(case, "fp32")),
     _last("cast", "reference", cast_reference, _IN_TORCH, _cast_in_torch),
+    _last("cast_both", "reference", both_reference, _IN_TORCH, _cast_in_torch),
     _last("fake_cast", "reference", fake_reference, _IN_TORCH, _cast_in_torch),
     _last("cast_codes_as", "reference", codes_reference, _IN_TORCH, _cast_in_torch),
     _last(

@@ -28,7 +28,15 @@ from torch import Tensor
 
 from ...numerics import ELEMENTS, Format, Parts
 from ...numerics.math import RULES, ZERO_POINT_DTYPES
-from ...ops.cast import codes_reference, fake_reference, interleaved_reference, reference, why_not_interleaved
+from ...ops.cast import (
+    codes_reference,
+    empty_parts,
+    fake_reference,
+    interleaved_reference,
+    part_names,
+    reference,
+    why_not_interleaved,
+)
 from ...ops.registry import Case, Kernel, device_capability
 from . import interpreted, why_not_portable
 from .launch import aligned, begin, define, launch, plain
@@ -37,10 +45,9 @@ from .rounding import (
     TINY,
     at_least,
     bits_of,
-    e8m0_code,
-    e8m0_value,
     encode,
     float_of,
+    power_scale,
     quotient,
     rounded,
     stored_scale,
@@ -106,7 +113,7 @@ def _cast_kernel(
 ):  # fmt: skip
     """One tile. ACROSS: scales stand (K/G, rows). TENSOR: blocks only cut the work, one scale serves all.
 
-    MODE: 0 codes, 1 values, 2 codes as floats, 3 interleaved. FILL: so many numbers are set to zero. The rest is `_constants`."""
+    MODE: 0 codes, 1 values, 2 codes as floats, 3 interleaved. FILL: so many numbers are set to zero. The rest: `constants_of`."""
     begin(EARLY)
     block = tl.program_id(0) * RB + tl.arange(0, RB)
     lane = tl.arange(0, GP)
@@ -147,11 +154,7 @@ def _cast_kernel(
         else:
             amax = float_of(tl.max(bits_of(x) & 0x7FFFFFFF, axis=1))
         if SCALE == 4:
-            stored = e8m0_code(amax, RULE, EMAX, ABOVE, KIND == 0)
-            value = e8m0_value(stored)
-            inverse = tl.where(
-                stored == 0xFF, float("nan"), float_of(tl.where(stored == 0xFE, 0x00400000, (254 - stored) << 23))
-            )
+            stored, value, inverse = power_scale(amax, RULE, EMAX, ABOVE, KIND == 0)
         else:
             scale = tl.div_rn(amax, LARGEST)
             if STATIC:
@@ -270,7 +273,7 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
     scale_dtype = ELEMENTS[scale].dtype
     return Plan(
         fmt=fmt,
-        constants=_constants(fmt, sm),
+        constants=constants_of(fmt, sm),
         group=group,
         padded=padded,
         blocks=blocks,
@@ -287,7 +290,7 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
     )
 
 
-def _constants(fmt: Format, sm: int) -> tuple[Any, ...]:
+def constants_of(fmt: Format, sm: int) -> tuple[Any, ...]:
     element, rule = fmt.element, RULES[fmt.rule]
     integer = element.kind == "int"
     native = {"e4m3": 1, "e5m2": 2}.get(element.name, 3) if sm >= 89 and not interpreted() else 3
@@ -419,17 +422,7 @@ def _cast_run(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor |
 
 
 def _cast_fake(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor | None) -> list[Tensor]:
-    parsed = Format.parse(fmt)
-    shape = tuple(x.shape)
-    scale_shape = (1, 1) if parsed.block == "tensor" else parsed.scale_shape(shape)
-    out = [x.new_empty(shape, dtype=parsed.element.dtype)]
-    nested = parsed.nested
-    out.append(x.new_empty(scale_shape, dtype=nested.element.dtype if nested else ELEMENTS[str(parsed.scale)].dtype))
-    if parsed.zero_point:
-        out.append(x.new_empty(scale_shape, dtype=ZERO_POINT_DTYPES[parsed.zero_point]))
-    if nested:
-        out.append(x.new_empty((1, 1), dtype=torch.float32))
-    return out
+    return empty_parts(x, Format.parse(fmt), tuple(x.shape))
 
 
 def _cast(x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale: Tensor | None) -> Parts:
@@ -439,16 +432,11 @@ def _cast(x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale: Tensor | 
     return Parts(qdata=made.codes, scale=made.scale, zero_point=made.zero_point, scale_scale=made.outer)
 
 
-def _names(fmt: Format) -> tuple[str, ...]:
-    more = (("zero_point", fmt.zero_point), ("scale_scale", fmt.nested))
-    return ("qdata", "scale", *(name for name, there in more if there))
-
-
 def _run_cast(x_MK: Tensor, fmt: Format, act_scale: Tensor | None = None, pre_scale: Tensor | None = None) -> Parts:
     if plain(x_MK):
         return _cast(x_MK, fmt, act_scale, pre_scale)
     made = torch.ops.lowp.cast(x_MK, str(fmt), act_scale, pre_scale)
-    return Parts(**dict(zip(_names(fmt), made, strict=True)))
+    return Parts(**dict(zip(part_names(fmt), made, strict=True)))
 
 
 def _fake_cast_run(x: Tensor, fmt: str, act_scale: Tensor | None, pre_scale: Tensor | None) -> Tensor:

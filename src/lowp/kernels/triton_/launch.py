@@ -24,8 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ...ops.operator import define, plain
 from . import interpreted
 
+__all__ = ["aligned", "begin", "define", "launch", "plain"]
 KERNELS = ()
 
 _COMPILED: dict[Any, Any] = {}
@@ -82,21 +84,6 @@ def _first(
         _COMPILED[key] = kernel[grid](*args, *constants, **options), constants
 
 
-def plain(x: Tensor) -> bool:
-    """A tensor of numbers that a kernel may be started on at once; else (a graph is traced) it goes through torch's operators."""
-    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
-
-
 def aligned(x: Tensor) -> bool:
     """Whether it starts at a multiple of 16 bytes."""
     return x.data_ptr() % 16 == 0
-
-
-def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """An operator `lowp::name`, opaque to torch.compile: `run` on tensors, `fake` for their shapes."""
-    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lowp::{name}", fake, lib=_LIBRARY)
-
-
-_LIBRARY = torch.library.Library("lowp", "FRAGMENT")

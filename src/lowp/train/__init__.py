@@ -1,0 +1,12 @@
+"""Floor 5: training in low precision.
+
+convert(model, recipe)      nn.Linear -> Linear, in place: three products by a recipe, the parameters stay what they are
+RECIPES                     float8 by tensor, row and block, MXFP8, MXFP4, NVFP4, int8, BitNet
+"""
+
+from .convert import convert, revert
+from .linear import Linear, cached_weights, linear
+from .moe import grouped_linear
+from .recipes import RECIPES, Recipe
+
+__all__ = ["RECIPES", "Linear", "Recipe", "cached_weights", "convert", "grouped_linear", "linear", "revert"]

@@ -1,0 +1,207 @@
+"""The linear layer in low precision: one function of autograd's, three products, a format for each operand of each.
+
+    forward     y  = x w^T        x cast by row (along K) and by column (along M) in one go, w by row
+    backward    dx = g w          g cast by row (along N) and by column (along M) in one go, w by column
+                dw = g^T x        both operands are there
+
+What is kept from forward to backward is the column form of x, in 8 bits, where it is quantized at all: half the bytes of bf16.
+The weight is not kept twice: backward casts it anew from the parameter, unless `cached_weights` holds both forms for the
+microbatches of a step, or FSDP gathered its codes (a QTensor; see `sharded.py`).
+
+The parameter stays what it was: a plain tensor, in its own dtype, for the optimizer and the state_dict alike.
+
+Legend: M tokens, N output channels, K input channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MisfitError
+from ..ops.cast import cast_both, cast_turned
+from ..ops.product import product
+from ..tensor import QTensor
+from .recipes import Operands, Recipe, recipe_of
+
+_FLOATS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    recipe: str | Recipe = "float8_tensorwise",
+    *,
+    codes: Any = (),
+) -> Tensor:
+    """A linear layer by a recipe, with gradients.
+
+    Args:
+        x: (..., K), any float dtype; under autocast it is cast first, as torch's linear would. weight: (N, K), any float dtype;
+            or a QTensor that holds the codes of a weight. bias: (N,) or None.
+        recipe: a name of `RECIPES`, or a Recipe. codes: what `weight_codes` made of this weight.
+
+    Returns:
+        (..., N), in x's dtype.
+
+    Raises:
+        MisfitError: blocks of the recipe that do not divide the shapes.
+
+    >>> linear(torch.ones(2, 32), torch.ones(16, 32)).shape
+    torch.Size([2, 16])
+    """
+    recipe = recipe_of(recipe)
+    if x.shape[-1] != weight.shape[-1]:
+        raise MisfitError(
+            f"linear wants x of (..., {weight.shape[-1]}) for a weight {tuple(weight.shape)}, got {tuple(x.shape)}."
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    has = "codes by row" if isinstance(weight, QTensor) else "codes" if codes and recipe.operands.w_column else "floats"
+    codes = tuple(weight.packed.values()) if isinstance(weight, QTensor) else codes
+    x_MK = x.reshape(-1, x.shape[-1])
+    y = _Linear.apply(x_MK, weight, recipe, recipe.operands, has, torch.is_grad_enabled(), *codes)
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """x_MK, w_NK -> y_MN, and both gradients.
+
+    has: what is there of w for backward: its "floats", its "codes" by column after those by row, or "codes by row" alone.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x_MK: Tensor, w_NK: Tensor, recipe: Recipe, of: Operands, has: str, training: bool, *codes: Tensor
+    ) -> Tensor:
+        ctx.recipe, ctx.of, ctx.has, ctx.w_dtype = recipe, of, has, w_NK.dtype
+        keep_x, keep_w = training and ctx.needs_input_grad[1], training and ctx.needs_input_grad[0]
+        n_x, n_w = of.counts[0], of.counts[2]
+        x_parts = _cast(x_MK, of.x_row, of.x_column if keep_x else None, of.multiple)
+        w_row = list(codes[:n_w]) if codes else _cast(w_NK, of.w_row, None)
+        y_MN = multiply(x_parts[:n_x] or [x_MK], w_row or [w_NK], recipe.output, x_MK.dtype, fast=True)
+        kept_x = (x_parts[n_x:] or [x_MK]) if keep_x else []
+        if has == "floats":
+            kept_w = [w_NK, *w_row[1:2]] if of.reuses_scale else [w_NK]
+        else:
+            kept_w = w_row if has == "codes by row" else list(codes[n_w:])
+        ctx.n_x = len(kept_x)
+        ctx.save_for_backward(*kept_x, *(kept_w if keep_w else ()))
+        return y_MN
+
+    @staticmethod
+    def backward(ctx: Any, g_MN: Tensor) -> Any:  # type: ignore[override]
+        recipe, of = ctx.recipe, ctx.of
+        need_x, need_w = ctx.needs_input_grad[:2]
+        kept = list(ctx.saved_tensors)  # read once: checkpointing answers no second time
+        kept_x, kept_w = kept[: ctx.n_x], kept[ctx.n_x :]
+        g_row, g_column = of.g_row if need_x else None, of.g_column if need_w else None
+        g_parts = _cast(g_MN, g_row, g_column, of.multiple, recipe.stochastic)
+        n_g = of.counts[4] if g_row else 0
+        dx = dw = None
+        if need_x:
+            w_column = _by_column(kept_w, of, ctx.has, g_MN.dtype)
+            dx = multiply(g_parts[:n_g] or [g_MN], w_column, recipe.grad_input, g_MN.dtype)
+        if need_w:
+            g_T = g_parts[n_g:] or [_filled(g_MN, of).t()]
+            x_T = kept_x if of.x_column else [_filled(kept_x[0], of).t()]
+            dw = multiply(g_T, x_T, recipe.grad_weight, g_MN.dtype).to(ctx.w_dtype)
+        return (dx, dw, None, None, None, None, *(None for _ in ctx.needs_input_grad[6:]))
+
+
+def _by_column(kept: list[Tensor], of: Operands, has: str, dtype: torch.dtype) -> list[Tensor]:
+    """The column form of the weight: kept, turned from the codes by row, or cast from the parameter."""
+    if has == "codes by row":
+        return cast_turned(kept, of.w_row or "", of.w_column or "", dtype)
+    if has == "codes":
+        return kept
+    if of.w_column is None:
+        return [kept[0].t()]
+    return _cast(kept[0], None, of.w_column, act_scale=kept[1] if len(kept) > 1 else None)
+
+
+def _cast(
+    x: Tensor, rows: str | None, columns: str | None, multiple: int = 1, stochastic: bool = False,
+    act_scale: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    if rows is None and columns is None:
+        return []
+    return cast_both(x.detach(), rows, columns, act_scale=act_scale, multiple=multiple, stochastic=stochastic)
+
+
+def _filled(x_MK: Tensor, of: Operands) -> Tensor:
+    """Rows of zeros below a float, where the other operand of its product has them."""
+    if of.x_column is None and of.g_column is None:
+        return x_MK
+    return torch.nn.functional.pad(x_MK, (0, 0, 0, -x_MK.shape[0] % of.multiple))
+
+
+def multiply(a: list[Tensor], b: list[Tensor], scheme: str, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
+    """a b^T by a scheme of a recipe; operands in floats are themselves."""
+    if not scheme:
+        return a[0].to(dtype) @ b[0].to(dtype).t()
+    whole = scheme if "@" in scheme else f"{scheme}@{_FLOATS.get(dtype, 'fp32')}"
+    return product(a, b, whole, dtype, fast=fast)
+
+
+# -- the module ---------------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose three products run by a recipe: what `convert` turns a layer into.
+
+    Its parameters are those of nn.Linear, under their names.
+    """
+
+    recipe: Recipe = recipe_of("float8_tensorwise")
+    codes: tuple[Tensor, ...] = ()  # of the weight, inside of `cached_weights`
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N), in x's dtype."""
+        return linear(x, self.weight, self.bias, self.recipe, codes=self.codes)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, recipe={self.recipe.name}"
+
+
+def weight_codes(weight: Tensor, recipe: str | Recipe) -> tuple[Tensor, ...]:
+    """Both forms of a weight, as `linear` takes them."""
+    of = recipe_of(recipe).operands
+    return tuple(_cast(weight.detach(), of.w_row, of.w_column))
+
+
+@contextlib.contextmanager
+def cached_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, every weight of the model is cast once, for all microbatches of a step; the optimizer steps outside.
+
+    It costs a byte an element for each form (two for float8), and saves two casts a microbatch.
+
+    Raises:
+        MisfitError: on leaving, where a weight was changed inside: the products after that used its old numbers.
+
+    >>> with cached_weights(Linear(32, 32)):
+    ...     pass
+    """
+    layers = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, Linear) and type(m.weight) is nn.Parameter
+    ]
+    versions = [layer.weight._version for _, layer in layers]
+    try:
+        for _, layer in layers:
+            layer.codes = weight_codes(layer.weight, layer.recipe)
+        yield
+    finally:
+        for _, layer in layers:
+            layer.codes = ()
+    stale = [name for (name, layer), before in zip(layers, versions, strict=True) if layer.weight._version != before]
+    if stale:
+        raise MisfitError(
+            f"cached_weights wants weights that stay as they are inside, {', '.join(stale[:5])} changed: "
+            "step the optimizer after the block."
+        )
