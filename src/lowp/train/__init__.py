@@ -8,5 +8,17 @@ from .convert import convert, revert
 from .linear import Linear, cached_weights, linear
 from .moe import grouped_linear
 from .recipes import RECIPES, Recipe
+from .sharded import gather_codes, precompute_scales
 
-__all__ = ["RECIPES", "Linear", "Recipe", "cached_weights", "convert", "grouped_linear", "linear", "revert"]
+__all__ = [
+    "RECIPES",
+    "Linear",
+    "Recipe",
+    "cached_weights",
+    "convert",
+    "gather_codes",
+    "grouped_linear",
+    "linear",
+    "precompute_scales",
+    "revert",
+]

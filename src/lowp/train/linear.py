@@ -63,23 +63,22 @@ def linear(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     has = "codes by row" if isinstance(weight, QTensor) else "codes" if codes and recipe.operands.w_column else "floats"
-    codes = tuple(weight.packed.values()) if isinstance(weight, QTensor) else codes
-    x_MK = x.reshape(-1, x.shape[-1])
-    y = _Linear.apply(x_MK, weight, recipe, recipe.operands, has, torch.is_grad_enabled(), *codes)
-    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    codes = tuple(weight.parts().tensors().values()) if isinstance(weight, QTensor) else codes
+    y = _Linear.apply(x, weight, recipe, recipe.operands, has, torch.is_grad_enabled(), *codes)
     return y if bias is None else y + bias.to(y.dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """x_MK, w_NK -> y_MN, and both gradients.
+    """x (..., K), w_NK -> y (..., N), and both gradients.
 
     has: what is there of w for backward: its "floats", its "codes" by column after those by row, or "codes by row" alone.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x_MK: Tensor, w_NK: Tensor, recipe: Recipe, of: Operands, has: str, training: bool, *codes: Tensor
+        ctx: Any, x: Tensor, w_NK: Tensor, recipe: Recipe, of: Operands, has: str, training: bool, *codes: Tensor
     ) -> Tensor:
+        x_MK, ctx.shape = x.reshape(-1, x.shape[-1]), x.shape
         ctx.recipe, ctx.of, ctx.has, ctx.w_dtype = recipe, of, has, w_NK.dtype
         keep_x, keep_w = training and ctx.needs_input_grad[1], training and ctx.needs_input_grad[0]
         n_x, n_w = of.counts[0], of.counts[2]
@@ -93,11 +92,12 @@ class _Linear(torch.autograd.Function):
             kept_w = w_row if has == "codes by row" else list(codes[n_w:])
         ctx.n_x = len(kept_x)
         ctx.save_for_backward(*kept_x, *(kept_w if keep_w else ()))
-        return y_MN
+        # As torch's linear: no view, so that FSDP's hooks and operations in place see a tensor of its own.
+        return torch.ops.aten._unsafe_view.default(y_MN, [*x.shape[:-1], y_MN.shape[1]])
 
     @staticmethod
-    def backward(ctx: Any, g_MN: Tensor) -> Any:  # type: ignore[override]
-        recipe, of = ctx.recipe, ctx.of
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        recipe, of, g_MN = ctx.recipe, ctx.of, g.reshape(-1, g.shape[-1])
         need_x, need_w = ctx.needs_input_grad[:2]
         kept = list(ctx.saved_tensors)  # read once: checkpointing answers no second time
         kept_x, kept_w = kept[: ctx.n_x], kept[ctx.n_x :]
@@ -107,7 +107,7 @@ class _Linear(torch.autograd.Function):
         dx = dw = None
         if need_x:
             w_column = _by_column(kept_w, of, ctx.has, g_MN.dtype)
-            dx = multiply(g_parts[:n_g] or [g_MN], w_column, recipe.grad_input, g_MN.dtype)
+            dx = multiply(g_parts[:n_g] or [g_MN], w_column, recipe.grad_input, g_MN.dtype).view(ctx.shape)
         if need_w:
             g_T = g_parts[n_g:] or [_filled(g_MN, of).t()]
             x_T = kept_x if of.x_column else [_filled(kept_x[0], of).t()]
@@ -161,9 +161,14 @@ class Linear(nn.Linear):
 
     recipe: Recipe = recipe_of("float8_tensorwise")
     codes: tuple[Tensor, ...] = ()  # of the weight, inside of `cached_weights`
+    split: Any = None  # over which ranks, where a style of `parallel.py` split it
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), in x's dtype."""
+        if self.split is not None:
+            from .parallel import split_linear
+
+            return split_linear(x, self.weight, self.bias, self.recipe, self.split)
         return linear(x, self.weight, self.bias, self.recipe, codes=self.codes)
 
     def extra_repr(self) -> str:
