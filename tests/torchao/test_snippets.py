@@ -39,6 +39,57 @@ from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOn
 config = FqnToConfig(OrderedDict({"0": Int4WeightOnlyConfig(group_size=64), "re:1": Int8WeightOnlyConfig()}))
 quantize_(model, config, filter_fn=None)
 """
+FLOAT8_TRAINING = """
+import torch
+import torch.nn as nn
+
+from torchao.float8 import convert_to_float8_training
+
+m = nn.Sequential(
+    nn.Linear(2048, 4096),
+    nn.Linear(4096, 128),
+    nn.Linear(128, 1),
+).bfloat16()
+x = torch.randn(4096 // 64, 2048, dtype=torch.bfloat16)
+optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+
+def module_filter_fn(mod: torch.nn.Module, fqn: str):
+    # don't convert the last module
+    if fqn == "1":
+        return False
+    # don't convert linear modules with weight dimensions not divisible by 16
+    if isinstance(mod, torch.nn.Linear):
+        if mod.in_features % 16 != 0 or mod.out_features % 16 != 0:
+            return False
+    return True
+
+convert_to_float8_training(m, module_filter_fn=module_filter_fn)
+
+for _ in range(2):
+    optimizer.zero_grad()
+    output = m(x)
+    fake_labels = torch.ones_like(output)
+    loss = torch.nn.functional.mse_loss(output, fake_labels)
+    loss.backward()
+    optimizer.step()
+
+from torchao.float8.float8_linear import Float8Linear
+print([isinstance(layer, Float8Linear) for layer in m], type(m[0]).__module__, loss.isfinite().item())
+"""
+
+
+def run(script):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "lowp.torchao", str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_training(tmp_path):
+    """The float8 training snippet as torchao shows it, but for its size and torch.compile."""
+    script = tmp_path / "training.py"
+    script.write_text(FLOAT8_TRAINING)
+    assert run(script).split() == ["[True,", "False,", "False]", "torchao.float8.float8_linear", "True"]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +98,4 @@ quantize_(model, config, filter_fn=None)
 def test_snippet(snippet, least, tmp_path):
     script = tmp_path / "snippet.py"
     script.write_text(MODEL + snippet + LAST.format(least=least))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", "lowp.torchao", str(script)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "torchao.quantization"], done.stdout
+    assert run(script).split() == ["True", "torchao.quantization"]

@@ -64,7 +64,7 @@ class _Grouped(torch.autograd.Function):
         ctx.recipe, ctx.w_dtype = recipe, w_ENK.dtype
         kept = []
         if training and ctx.needs_input_grad[1]:
-            kept = cast_groups(x_TK.detach(), offs, str(of.x_column), of.multiple)
+            kept = cast_groups(x_TK.detach(), offs, of.x_column, of.multiple) if of.x_column else [x_TK]
         ctx.save_for_backward(offs, w_ENK, *kept)
         x_row = cast_both(x_TK.detach(), of.x_row, None)
         return grouped_product(x_row, _stack(w_ENK, str(of.w_row)), offs, recipe.output, x_TK.dtype)
@@ -77,7 +77,10 @@ class _Grouped(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g_row = cast_both(g_TN, of.g_row, None)
             dx = grouped_product(g_row, _stack(w_ENK.mT, str(of.w_column)), offs, recipe.grad_input, g_TN.dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and not recipe.grad_weight:
+            g_NT, x_TK = g_TN.to(torch.bfloat16).t(), kept[0].to(torch.bfloat16)
+            dw = torch._grouped_mm(g_NT.contiguous(), x_TK.contiguous(), offs=offs).to(ctx.w_dtype)
+        elif ctx.needs_input_grad[1]:
             *g_column, ends = cast_groups(g_TN, offs, str(of.g_column), of.multiple)
             dw = grouped_product(g_column, kept[:-1], ends, recipe.grad_weight, g_TN.dtype).to(ctx.w_dtype)
         return dx, dw, None, None, None

@@ -90,10 +90,8 @@ class Recipe:
     def not_for_experts(self) -> str:
         """ "" or why grouped products cannot run by it."""
         of = self.operands
-        formats = [
-            Format.parse(fmt) if fmt else None
-            for fmt in (of.x_row, of.x_column, of.w_row, of.w_column, of.g_row, of.g_column)
-        ]
+        columns = (of.x_column, of.g_column) if self.grad_weight else ()
+        formats = [Format.parse(fmt) if fmt else None for fmt in (of.x_row, of.w_row, of.w_column, of.g_row, *columns)]
         if any(fmt is None or fmt.nested or not (fmt.block == "row" or fmt.block.startswith("1x")) for fmt in formats):
             return f"{self.name} is not for experts: they want every operand with scales by row or by parts of a row."
         return f"{self.name} is not for experts: they round to nearest." if self.stochastic else ""
