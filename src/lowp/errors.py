@@ -9,6 +9,7 @@ catch exactly what it can repair:
     ├── QuantizedError      the weight is in low precision already (also a ValueError)
     ├── KernelError         no kernel can run, or strict mode refuses the slow one (also a RuntimeError)
     ├── TensorRuleError     an operation that a quantized tensor does not have (also a NotImplementedError)
+    ├── TrainingError       a loss is NaN or infinite (also an ArithmeticError)
     └── CheckpointError     files that are missing, truncated, altered or foreign (also a ValueError)
 """
 
@@ -55,6 +56,10 @@ class KernelError(LowpError, RuntimeError):
 
 class TensorRuleError(LowpError, NotImplementedError):
     """A quantized tensor has no rule for this operation."""
+
+
+class TrainingError(LowpError, ArithmeticError):
+    """A loss is NaN or infinite; the message names the layer where numbers first were."""
 
 
 class CheckpointError(LowpError, ValueError):

@@ -7,12 +7,14 @@ RECIPES                     float8 by tensor, row and block, MXFP8, MXFP4, NVFP4
 from .convert import convert, revert
 from .linear import Linear, cached_weights, linear
 from .moe import grouped_linear
+from .monitor import Monitor
 from .recipes import RECIPES, Recipe
 from .sharded import gather_codes, precompute_scales
 
 __all__ = [
     "RECIPES",
     "Linear",
+    "Monitor",
     "Recipe",
     "cached_weights",
     "convert",

@@ -1,11 +1,15 @@
-"""accelerate: quantized models dispatched with offloaded layers, and wrapped for training with adapters in them."""
+"""accelerate: quantized models dispatched with offloaded layers, wrapped with adapters in them, trained in float8."""
 
 import sys
 import warnings
 
 import torch
 from accelerate import Accelerator, cpu_offload
+from accelerate.state import AcceleratorState
+from accelerate.utils import AORecipeKwargs
 from torch import nn
+from torchao.float8 import Float8LinearConfig
+from torchao.float8.float8_linear import Float8Linear
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
@@ -40,3 +44,20 @@ for _ in range(20):
     losses.append(loss.item())
 assert losses[-1] < 0.8 * losses[0], losses
 print("ok", "trained through a quantized layer")
+
+accelerator.free_memory()
+recipe = AORecipeKwargs(config=Float8LinearConfig.from_recipe_name("rowwise"))
+AcceleratorState._reset_state(True)
+accelerator = Accelerator(cpu=True, mixed_precision="fp8", kwargs_handlers=[recipe])
+model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 2  # the first and the last stay
+losses = []
+for _ in range(20):
+    loss = (model(x) - target).square().mean()
+    accelerator.backward(loss)
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < 0.5 * losses[0], losses
+print("ok", "trained in float8")
