@@ -590,6 +590,10 @@ def train(args) -> None:
     heldout = torch.from_numpy(load_tokens(args.work / "heldout.u16.xz").astype(np.int16)).to(device)
 
     model = build(size, context).to(device)
+    if args.recipe:
+        from lowp.train import convert
+
+        print(convert(model, args.recipe, keep_small=False), flush=True)
     parameters = sum(p.numel() for p in model.parameters())
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -858,6 +862,9 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=128, help="sequences a step")
     p.add_argument("--context", type=int, default=1024)
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--recipe", default="", help="train in low precision: float8_rowwise, mxfp8 ... (lowp.train.RECIPES)"
+    )
     p.add_argument("--device", default="")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile, on CUDA only")
     p.add_argument("--eval-every", type=float, default=0.1, help="fraction of the run between held-out losses")
