@@ -299,7 +299,9 @@ def sharded(size: Decoder, count: int, rows: Rows, recipes: list[str]) -> None:
         sent = _bytes_on_the_wire(train)
         if dist.get_rank() == 0:
             tokens = bench.batch * bench.tokens * dist.get_world_size() / ms * 1e3
-            note = f"{dist.get_world_size()} ranks, {gathers} gathered, {sent / 1e6:.1f} MB a rank and step, {tokens:.0f} tokens/s"
+            note = (
+                f"{mesh.size()} ranks, {gathers} gathered, {sent / 1e6:.1f} MB a rank and step, {tokens:.0f} tokens/s"
+            )
             rows.add(
                 f"sharded {gathers}", "compiled", "torch" if recipe == "bf16" else "lowp", recipe, ms, gb, note=note
             )
