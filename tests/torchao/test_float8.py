@@ -76,6 +76,8 @@ def test_layers_are_converted_in_place_and_train():
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+    rowwise = Float8LinearConfig.from_recipe_name("rowwise")
+    assert Float8Linear(32, 48, bias=False, config=rowwise).recipe == RECIPES["float8_rowwise"]
     root = nn.Linear(32, 32)
     assert convert_to_float8_training(root) is root and isinstance(root, Float8Linear)
     swapped = swap_linear_layers(nn.Sequential(nn.Linear(16, 16)), lambda layer: nn.Identity())

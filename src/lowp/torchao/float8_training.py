@@ -209,6 +209,11 @@ class Float8Linear(Linear):
 
     config: Float8LinearConfig = Float8LinearConfig()
 
+    def __init__(self, *args: Any, config: Float8LinearConfig | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.config = config or Float8LinearConfig()
+        self.recipe = self.config.recipe()
+
     @classmethod
     def from_float(cls, mod: nn.Linear, config: Float8LinearConfig | None = None) -> Float8Linear:
         """The layer itself, its class changed: its parameters stay the same objects."""
