@@ -13,7 +13,7 @@ import dataclasses, re, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowp.kernels.triton_ import cast, decode, launch, w16, w8a8
+from lowp.kernels.triton_ import cast, cast_both, decode, launch, w16, w8a8
 from lowp.kernels.triton_.packed import parts_of
 from lowp.numerics import Format
 from lowp.tensor import QTensor
@@ -44,7 +44,7 @@ def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
 
 
 launch._first = compiled
-cast.device_capability = lambda *device: 90
+cast.device_capability = cast_both.device_capability = lambda *device: 90
 x = torch.randn(4, 512).bfloat16()
 for fmt in ("e4m3/row", "int8/tensor", "e2m1/1x32*e8m0"):
     cast.cast_tensors(x, cast.plan_of(Format.parse(fmt), 512, x.device))
@@ -53,6 +53,9 @@ for scheme in ("e4m3/row@e4m3/row", "int8/row@int8/row"):
     made = cast.Cast(q.packed["qdata"][:4], torch.ones(4, 1))
     for tiled in (w8a8.Tiling(split=2), w8a8.Tiling(bm=128, bn=128, bk=128, swap=False)):
         w8a8.product(made, q.packed["qdata"], q.packed["scale"], None, q.spec.scheme, 4, torch.bfloat16, tiled)
+for formats in (("e4m3/row", "e4m3/tensor"), ("e4m3/1x32*e8m0", "e4m3/1x32*e8m0")):
+    cast_both._run(x, *formats, None, 32, False)
+cast_both._run(x, "int8/row", "int8/row", None, 32, True)
 sums = torch.zeros(4, 512, dtype=torch.int32)
 w8a8.scaled(sums, made, q.packed["qdata"], q.packed["scale"], None, q.spec.scheme, torch.bfloat16)
 q = QTensor.quantize(torch.randn(512, 512), "int4/1x128*bf16").to_layout("plain")
@@ -71,6 +74,8 @@ def test_no_kernel_touches_memory_before_it_waits(tmp_path):
     kernels = {
         "_amax_kernel",
         "_cast_kernel",
+        "_amaxes_kernel",
+        "_both_kernel",
         "_product_kernel",
         "_scale_kernel",
         "decode_rows",

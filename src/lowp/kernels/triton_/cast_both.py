@@ -44,7 +44,7 @@ def _square(x_ptr, M, K, x_stride, S: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "x_stride"])
-def _amax_kernel(
+def _amaxes_kernel(
     x_ptr, row_ptr, column_ptr, M, K, x_stride, S: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
     """The largest magnitudes, as bits: of rows and columns (1), or of all (2), where they are asked for."""
@@ -288,7 +288,7 @@ def _amaxes(x_MK: Tensor, forms: list[_Form | None], side: int, grid: tuple[int,
         of_columns = of_rows
     key = ("amaxes", tuple(who), side, x_MK.dtype, aligned(x_MK), x_MK.stride(0) % 16 == 0, x_MK.device.index)
     args = (x_MK, of_rows, of_columns, *x_MK.shape, x_MK.stride(0))
-    launch(_amax_kernel, key, grid, args, lambda: (side, *who), x_MK.device, 8 if side > 64 else 4)
+    launch(_amaxes_kernel, key, grid, args, lambda: (side, *who), x_MK.device, 8 if side > 64 else 4)
     return of_rows, of_columns
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...layouts import Spec
 from ...layouts.base import Packed
-from ...numerics import Scheme
+from ...numerics import Parts, Scheme
 from ...ops import tuned
 from ...ops.how import native
 from ...ops.registry import Case, Kernel
@@ -538,6 +538,34 @@ def _run(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Tenso
     return y_MN
 
 
+def _why_not_product(case: Case) -> str:
+    formats = [fmt for fmt in (case.weight, case.act) if fmt is not None]
+    integers = all(fmt.element.name in ("int8", "ternary") and fmt.block in ("row", "tensor") for fmt in formats)
+    if len(formats) < 2 or not integers or any(fmt.zero_point or fmt.scale != "fp32" for fmt in formats):
+        return f"wants int8 or ternary by row or tensor on both sides, with fp32 scales, got {case.scheme}"
+    if case.device != "cuda" or case.sm < 80:
+        return f"wants cuda and sm80, got {case.device} and sm{case.sm}"
+    if any(size % 16 or not size for size in case.shape):
+        return f"wants N and K in multiples of 16, got {case.shape}"
+    return (
+        ""
+        if case.dtype in ("bfloat16", "float16", "float32")
+        else f"wants a float of at most 32 bits, got {case.dtype}"
+    )
+
+
+def _run_product(a: Parts, b: Parts, scheme: str, dtype: torch.dtype, fast: bool) -> Tensor:
+    assert a.scale is not None and b.scale is not None
+    (tokens, columns), rows = a.qdata.shape, b.qdata.shape[0]
+    tiled = _chosen(scheme, dtype, tokens, 0, rows, columns, _sm(a.qdata))
+    x, w_NK, w_scale = Cast(a.qdata.contiguous(), a.scale.contiguous()), b.qdata.contiguous(), b.scale.contiguous()
+    if tiled is None and interpreted():
+        tiled = tiling(tokens, rows, columns, _sm(a.qdata), "int8")
+    if tiled is None:
+        return scaled(int_mm(x.codes, w_NK), x, w_NK, w_scale, None, scheme, dtype)
+    return product(x, w_NK, w_scale, None, scheme, tokens, dtype, tiled)
+
+
 def _how(case: Case) -> str:
     integer = case.weight.element.kind == "int"
     return native(case, "int8 tensor cores with int32 sums" if integer else "float8 tensor cores")
@@ -552,5 +580,11 @@ KERNELS = (
         ),
         about="fused cast, then int8 or float8 tensor cores, in Triton; torch's product where it is faster",
         candidates=_candidates,
+    ),
+    Kernel(
+        op="product", name="w8a8", rank=60, layout="", why_not=_why_not_product, run=_run_product,
+        how=lambda case: "native: int8 tensor cores with int32 sums, scaled on the way out",
+        cases=("int8/row@int8/row", "int8/tensor@int8/tensor", "ternary/tensor@int8/row"),
+        about="int8 tensor cores, scales on the way out, in Triton",
     ),
 )  # fmt: skip
