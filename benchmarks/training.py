@@ -283,7 +283,8 @@ def sharded(size: Decoder, count: int, rows: Rows, recipes: list[str]) -> None:
                 continue
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in model:
-            block.compile()
+            if cuda:
+                block.compile()
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)

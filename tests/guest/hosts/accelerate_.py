@@ -29,35 +29,34 @@ for name, config in {"int8": Int8WeightOnlyConfig(), "int8 dynamic": Int8Dynamic
         assert torch.equal(offloaded(ids).logits, expected), name
     print("ok", name, "dispatched")
 
-accelerator = Accelerator(cpu=True)
+x, target = torch.randn(32, 64), torch.randn(32, 64)
+
+
+def losses(accelerator, model):
+    model, optimizer = accelerator.prepare(
+        model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    )
+    found = []
+    for _ in range(20):
+        loss = (model(x) - target).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return model, found
+
+
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
 quantize_(model, Int8DynamicActivationInt8WeightConfig(), lambda module, fqn: fqn == "1")
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-model, optimizer = accelerator.prepare(model, optimizer)
-x, target, losses = torch.randn(32, 64), torch.randn(32, 64), []
-for _ in range(20):
-    loss = (model(x) - target).square().mean()
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(loss.item())
-assert losses[-1] < 0.8 * losses[0], losses
+_, found = losses(Accelerator(cpu=True), model)
+assert found[-1] < 0.8 * found[0], found
 print("ok", "trained through a quantized layer")
 
-accelerator.free_memory()
-recipe = AORecipeKwargs(config=Float8LinearConfig.from_recipe_name("rowwise"))
 AcceleratorState._reset_state(True)
-accelerator = Accelerator(cpu=True, mixed_precision="fp8", kwargs_handlers=[recipe])
+recipe = AORecipeKwargs(config=Float8LinearConfig.from_recipe_name("rowwise"))
 model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
-model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+model, found = losses(Accelerator(cpu=True, mixed_precision="fp8", kwargs_handlers=[recipe]), model)
 assert sum(isinstance(module, Float8Linear) for module in model.modules()) == 2  # the first and the last stay
-losses = []
-for _ in range(20):
-    loss = (model(x) - target).square().mean()
-    accelerator.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    losses.append(loss.item())
-assert losses[-1] < 0.5 * losses[0], losses
+assert found[-1] < 0.5 * found[0], found
 print("ok", "trained in float8")
