@@ -31,7 +31,8 @@ def to_gather(shard: QTensor, whole_shape: tuple[int, ...]) -> tuple[tuple[Tenso
             f"FSDP wants the layout plain, which can be cut by rows, got {shard!r}: call .to_layout('plain') before fully_shard."
         )
     mine, whole = tensor_shapes(shard.format, tuple(shard.shape)), tensor_shapes(shard.format, whole_shape)
-    travelling = tuple(name for name in shard.packed if name in mine and mine[name][0] != whole[name][0])
+    cut = tuple(name for name in shard.packed if name in mine and mine[name][0] != whole[name][0])
+    travelling = cut or ("qdata",)  # of one rank nothing is cut, and FSDP wants something to gather all the same
     kept = {name: tensor for name, tensor in shard.packed.items() if name not in travelling}
     dtypes = tuple(shard.packed[name].dtype for name in travelling)
     spec = shard.spec.with_shape(whole_shape)
