@@ -10,10 +10,12 @@ from .grouped import grouped
 from .linear import linear
 from .matmul import matmul
 from .registry import Case, Kernel, best_layout, device_of, explain, kernels_of, pick, strict
+from .update import adam, lion, sgd
 
 __all__ = [
     "Case",
     "Kernel",
+    "adam",
     "best_layout",
     "cast",
     "cast_codes_as",
@@ -25,7 +27,9 @@ __all__ = [
     "grouped",
     "kernels_of",
     "linear",
+    "lion",
     "matmul",
     "pick",
+    "sgd",
     "strict",
 ]
