@@ -88,7 +88,19 @@ def kernels_page() -> str:
         "# Kernels and layouts",
         "Made by `docs/generate.py` from the kernel table. `lowp explain linear int4` says which can run where you are.",
     ]
-    for op in ("linear", "matmul", "grouped", "embedding", "cast", "fake_cast", "cast_codes_as", "cast_interleaved"):
+    for op in (
+        "linear",
+        "matmul",
+        "grouped",
+        "embedding",
+        "cast",
+        "fake_cast",
+        "cast_codes_as",
+        "cast_interleaved",
+        "adam",
+        "sgd",
+        "lion",
+    ):
         rows = [
             (
                 f"`{k.name}`",

@@ -11,7 +11,19 @@ from lowp.ops import Case, explain, kernels_of
 from lowp.ops.registry import why_not_from_plain
 
 SCHEMES = tuple(known.spelling for known in known_formats())
-OPS = ("linear", "matmul", "grouped", "embedding", "cast", "fake_cast", "cast_codes_as", "cast_interleaved")
+OPS = (
+    "linear",
+    "matmul",
+    "grouped",
+    "embedding",
+    "cast",
+    "fake_cast",
+    "cast_codes_as",
+    "cast_interleaved",
+    "adam",
+    "sgd",
+    "lion",
+)
 MACHINES = (("cpu", 0), ("cuda", 80), ("cuda", 89), ("cuda", 90), ("cuda", 100), ("cuda", 120))
 MX = tuple(s for s in SCHEMES if "@" in s and Scheme.parse(s).act.block in ("1x32", "1x16"))
 

@@ -59,8 +59,9 @@ def key_of(bits: int, base: int, top: int, signed: bool) -> int:
     return ~magnitude if bits < 0 else magnitude
 
 
-def buckets_of(boundaries: Sequence[float], signed: bool) -> Buckets | None:
-    """The buckets of a rising list of boundaries, where boundary i is the smallest number of code i + 1.
+def buckets_of(boundaries: Sequence[float], signed: bool, largest: float) -> Buckets | None:
+    """The buckets of a rising list of boundaries, where boundary i is the smallest number of code i + 1; `largest` is the largest
+    magnitude of all values, and lies in the last bucket or before it.
 
     None where no bucket would tell them apart: a boundary at zero, or below zero in an unsigned map.
     """
@@ -70,7 +71,7 @@ def buckets_of(boundaries: Sequence[float], signed: bool) -> Buckets | None:
     sizes = [b & 0x7FFFFFFF for b in bits]
     for shift in range(_LARGEST_SHIFT, 0, -1):
         base = min(sizes) - 1 >> shift << shift  # below the smallest, so that what is smaller still lies before it
-        top = ((max(sizes) >> shift) + 1 << shift) - 1
+        top = ((max(*sizes, bits_of(largest)) >> shift) + 1 << shift) - 1
         keys = [key_of(b, base, top, signed) for b in bits]
         if all(low >> shift != high >> shift for low, high in itertools.pairwise(keys)):
             return _built(keys, shift, base, top, signed)

@@ -286,7 +286,7 @@ class Element:
         codes, boundaries = self._lists
         if self.kind != "codebook" or codes[:-1] != tuple(range(len(codes) - 1)):
             return None
-        return buckets_of(boundaries[:-1], self.signed)  # the last is overflow
+        return buckets_of(boundaries[:-1], self.signed, max(self.max, -self.min))  # the last is overflow
 
     @functools.cached_property
     def _lists(self) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -46,11 +46,16 @@ def _run(
             reference(rule, [piece(whole, start, stop)], [g[start:stop]], settings, numbers, grad_scale)
 
 
+def _how(case: Case) -> str:
+    names = dict.fromkeys(fmt.element.name for fmt in formats_of(case.scheme))
+    return f"states in {' and '.join(names)} decoded, updated in fp32 and encoded by torch's operators, in pieces of 128 Ki"
+
+
 _CASES = ("dyn8/1x256@udyn8/1x256", "dyn4/1x128@ulin4/1x128", "e4m3/1x256", "fp32")
 
 KERNELS = tuple(
     Kernel(
-        op=rule, name="pieces", rank=100, layout="", why_not=_why_not, run=partial(_run, rule), cases=_CASES,
+        op=rule, name="pieces", rank=100, layout="", why_not=_why_not, run=partial(_run, rule), how=_how, cases=_CASES,
         about="the definition, by pieces that a core's cache holds",
     )
     for rule in ("adam", "sgd", "lion")
