@@ -69,6 +69,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
         """What the op is told of a group."""
         raise NotImplementedError
 
+    def held(self, state: Tensor) -> Tensor:
+        """A new state as it is kept: a subclass may show it under another class of tensor."""
+        return state
+
     # -- groups -------------------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -131,7 +135,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         steps: dict[tuple[float, torch.device], Tensor],
     ) -> dict[str, Any]:
         shape, formats = self._formats(param, group)
-        state = loaded(held, param, self.moments(group), formats, shape)
+        state = loaded(held, param, self.moments(group), formats, shape, self.held)
         count = float(state.get("step", 0))
         device = local(param).device if group["capturable"] else torch.device("cpu")
         if (count, device) not in steps:
@@ -248,13 +252,13 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _make(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         shape, formats = self._formats(param, group)
         for name, fmt in zip(self.moments(group), formats, strict=True):
-            state[name] = like_parameter(zeros(param, fmt, shape), param)
+            state[name] = like_parameter(self.held(zeros(param, fmt, shape)), param)
 
     def _slot(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> update.Slot:
         shape, formats = self._formats(param, group)
         for name, fmt in zip(self.moments(group), formats, strict=True):
             if name not in state:  # amsgrad that was switched on later
-                state[name] = like_parameter(zeros(param, fmt, shape), param)
+                state[name] = like_parameter(self.held(zeros(param, fmt, shape)), param)
         return update.Slot(
             param=local(param).detach(),
             states=tuple(packed_of(state[name]) for name in self.moments(group)),

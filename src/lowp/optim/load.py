@@ -13,6 +13,7 @@ Sources: Dettmers et al., arXiv 2110.02861 (bitsandbytes' maps, which torchao an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ def loaded(
     names: tuple[str, ...],
     formats: list[Format | None],
     shape: tuple[int, ...],
+    keep: Callable[[Tensor], Tensor],
 ) -> dict[str, Any]:
-    """The state of one parameter in these formats, on its device, in memory of its own.
+    """The state of one parameter in these formats, on its device, in memory of its own; `keep`: what each is kept as.
 
     Raises:
         MisfitError: a state of another size than the parameter.
@@ -44,7 +46,7 @@ def loaded(
     state = {name: value for name, value in held.items() if name not in names}
     for name, fmt in zip(names, formats, strict=True):
         if name in held and held[name] is not None:
-            state[name] = like_parameter(_converted(held[name], param, fmt, shape, name), param)
+            state[name] = like_parameter(keep(_converted(held[name], param, fmt, shape, name)), param)
     return state
 
 
