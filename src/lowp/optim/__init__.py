@@ -3,6 +3,7 @@
 from .adam import Adam, Adam4bit, Adam8bit, AdamFp8, AdamW, AdamW4bit, AdamW8bit, AdamWFp8
 from .load import to_torch
 from .momentum import SGD, Lion, Lion4bit, Lion8bit, SGD4bit, SGD8bit
+from .offload import CPUOffloadOptimizer
 
 __all__ = [
     "SGD",
@@ -14,6 +15,7 @@ __all__ = [
     "AdamW4bit",
     "AdamW8bit",
     "AdamWFp8",
+    "CPUOffloadOptimizer",
     "Lion",
     "Lion4bit",
     "Lion8bit",

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import optim
 from ..numerics import ELEMENTS, Format, Parts, quantize
 from ..numerics.formats.dynamic import dynamic_map
+from ..optim import CPUOffloadOptimizer as CPUOffloadOptimizer
 from ..optim.load import from_codes
 from ..optim.state import zeros
 from ..tensor import QTensor
