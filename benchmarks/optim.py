@@ -2,7 +2,7 @@
 
     python benchmarks/optim.py                       on a GPU: 24 bf16 parameters of 4096 x 14336, 1,000 of 64 Ki, the first step,
                                                      a step in a CUDA graph, offload of a model of 1.41 G parameters
-    python benchmarks/optim.py --device cpu          on this CPU: 4 parameters of 1024 x 4096
+    python benchmarks/optim.py --device cpu          on this CPU: 8 parameters of 1024 x 1024
     python benchmarks/optim.py --tiles               on a GPU: the kernel's tiles and warps, one after the other
 
 torchao and bitsandbytes are measured beside where they are installed. Rows go to results/optim_gpu.csv or results/optim_cpu.csv:
@@ -119,11 +119,13 @@ def one(
     return {"what": what, "ms": ms, "first_s": first, "state_bytes": held, "limit_ms": limit, "count": count}
 
 
-def steps(name: str, shapes: list[tuple[int, ...]], device: torch.device, repeats: int, bandwidth: float) -> list[dict]:
-    """Rows of one set of parameters: the baseline, ours, others'."""
+def steps(
+    made: dict[str, Callable], shapes: list[tuple[int, ...]], device: torch.device, repeats: int, bandwidth: float
+) -> list[dict]:
+    """Rows of one set of parameters: the baseline, then each of `made`."""
     base = one(BASELINE, lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True), shapes, device, repeats, bandwidth)
     rows = []
-    for what, make in {BASELINE: None, **ours(), **others()}.items():
+    for what, make in {BASELINE: None, **made}.items():
         try:
             found = base if make is None else one(what, make, shapes, device, repeats, bandwidth)
         except Exception as error:  # another project's optimizer that does not run here is a line, not the end
@@ -132,7 +134,9 @@ def steps(name: str, shapes: list[tuple[int, ...]], device: torch.device, repeat
             print(f"{what}: {type(error).__name__}: {error}"[:300])
             continue
         more = {key: f"{found[key]:.4g}" for key in ("first_s", "state_bytes", "limit_ms")}
-        rows.append(row(what, found["ms"], "ms a step", base["ms"], device=str(device), parameters=name, **more))
+        rows.append(
+            row(what, found["ms"], "ms a step", base["ms"], device=str(device), parameters=_named(shapes), **more)
+        )
         print(rows[-1]["what"], rows[-1]["value"], rows[-1]["ratio"], more)
     return rows
 
@@ -269,19 +273,21 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--bandwidth", type=float, default=4.25e12, help="bytes a second, for the limit")
     p.add_argument("--tiles", action="store_true")
+    p.add_argument("--without-others", action="store_true", help="lowp and torch alone")
     p.add_argument("--only", choices=["steps", "small", "graph", "offload"], default=None)
     args = p.parse_args()
     device = torch.device(args.device)
     large, rows = device.type == "cuda", []
-    shapes = [(4096, 14336)] * 24 if large else [(1024, 4096)] * 4
+    shapes = [(4096, 14336)] * 24 if large else [(1024, 1024)] * 8
     small = [(256, 256)] * (1000 if large else 64)
     if args.tiles:
         tiles(shapes, device, args.repeats)
         return
+    made = ours() | ({} if args.without_others else others())
     if args.only in (None, "steps"):
-        rows += steps(_named(shapes), shapes, device, args.repeats, args.bandwidth)
+        rows += steps(made, shapes, device, args.repeats, args.bandwidth)
     if args.only in (None, "small"):
-        rows += steps(_named(small), small, device, args.repeats, args.bandwidth)
+        rows += steps(made, small, device, args.repeats, args.bandwidth)
     if large and args.only in (None, "graph"):
         rows += in_a_graph(shapes, device, args.repeats) + in_a_graph(small, device, args.repeats)
     if args.only in (None, "offload"):
