@@ -235,3 +235,28 @@ def test_one_format_serves_both_moments_and_a_pair_each_its_own():
     assert [str(fmt) for fmt in formats_of("e4m3/1x256")] == ["e4m3/1x256"] * 3
     assert [str(fmt) for fmt in formats_of("dyn8/1x256@fp32")] == ["dyn8/1x256", "fp32", "fp32"]
     assert str(Format.parse("dyn8/1x256")) == "dyn8/1x256"
+
+
+def test_tables_follow_gradients_that_move_and_go_with_their_parameters(device):
+    """Three steps with gradients at new addresses each, of two lists that take turns; then nothing is kept."""
+    import gc
+
+    from lowp.kernels.triton_ import update as fused
+
+    settings, scheme = Settings(), "e4m3/1x256"
+    lists = [slots_of("adam", scheme, (512, 256), torch.bfloat16, device, settings) for _ in range(2)]
+    expected, kept, before = [copied(slots) for slots in lists], [], len(fused._PLANS)
+    (kernel,) = [k for k in able("adam", lists[0], [lists[0][0].param], settings) if k.name == "fused"]
+    for step in range(1, 4):
+        for slots, wanted in zip(lists, expected, strict=True):
+            grads = [torch.randn(slot.param.numel(), device=device).bfloat16() for slot in slots]
+            kept.append(grads)
+            number = coefficients("adam", settings, 1e-2, step)
+            kernel.run(slots, grads, settings, number)
+            reference("adam", wanted, grads, settings, number)
+            assert_same_slots(slots, wanted, exact=False)
+    assert len(fused._PLANS) == before + 2
+    del slots, wanted
+    lists.clear()
+    gc.collect()
+    assert len(fused._PLANS) == before

@@ -54,9 +54,12 @@ def scheme_of(state: State) -> str:
     return f"{first}@{second}"
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)  # what most are: a look for an attribute that is not there takes longer
+
+
 def is_dtensor(x: Any) -> bool:
     """Whether x is a DTensor; torch.distributed.tensor is not imported to find out."""
-    return hasattr(x, "_local_tensor") and hasattr(x, "placements")
+    return type(x) not in _PLAIN and hasattr(x, "_local_tensor") and hasattr(x, "placements")
 
 
 def local(x: Tensor) -> Tensor:

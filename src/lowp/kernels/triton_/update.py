@@ -23,6 +23,7 @@ Noise is drawn for 8 elements at once, see `lowp.ops.update`.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -356,7 +357,7 @@ def _tables(spelling: str, device: torch.device) -> tuple[Tensor | None, Tensor 
 class Plan:
     """The tables of a list of slots, and what of them is known when the kernel is compiled."""
 
-    slots: tuple[Slot, ...]
+    slots: list[weakref.ref[Slot]]
     grads: list[int]
     table: Tensor
     host: Tensor
@@ -364,8 +365,7 @@ class Plan:
     aligned: bool
 
 
-_PLANS: dict[Any, Plan] = {}
-_KEPT = 64  # lists of parameters; a model has a handful
+_PLANS: dict[int, Plan] = {}  # by the identity of the first slot, as long as that lives
 
 
 def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -376,9 +376,9 @@ def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _plan(slots: Sequence[Slot], grads: Sequence[Tensor], tile: int) -> Plan:
     pointers = [grad.data_ptr() for grad in grads]
-    key = id(slots[0]), id(slots[-1]), len(slots)
+    key = id(slots[0])
     found = _PLANS.get(key)
-    if found is not None and all(a is b for a, b in zip(found.slots, slots, strict=True)):
+    if found is not None and len(found.slots) == len(slots) and all(map(_is, found.slots, slots)):
         if found.grads == pointers:
             return found
         host = found.host.clone() if found.host.device.type == "cpu" else found.host
@@ -388,14 +388,18 @@ def _plan(slots: Sequence[Slot], grads: Sequence[Tensor], tile: int) -> Plan:
         aligned = found.aligned and all(pointer % 16 == 0 for pointer in pointers)
         made = Plan(slots=found.slots, grads=pointers, table=found.table, host=host, work=found.work, aligned=aligned)
     else:
-        made = _made(tuple(slots), pointers, tile)
-        while len(_PLANS) >= _KEPT:
-            _PLANS.pop(next(iter(_PLANS)))
+        made = _made(slots, pointers, tile)
+        if found is None:
+            weakref.finalize(slots[0], _PLANS.pop, key, None)
     _PLANS[key] = made
     return made
 
 
-def _made(slots: tuple[Slot, ...], pointers: list[int], tile: int) -> Plan:
+def _is(held: weakref.ref[Slot], slot: Slot) -> bool:
+    return held() is slot
+
+
+def _made(slots: Sequence[Slot], pointers: list[int], tile: int) -> Plan:
     device = slots[0].param.device
     rows, work, aligned = [], [], True
     for i, (slot, grad) in enumerate(zip(slots, pointers, strict=True)):
@@ -411,7 +415,8 @@ def _made(slots: tuple[Slot, ...], pointers: list[int], tile: int) -> Plan:
     host = _host(rows, torch.int64, device)
     table = host.to(device, non_blocking=True).clone() if device.type == "cpu" else host.to(device, non_blocking=True)
     made = _host(work or [(0, 0)], torch.int32, device).to(device, non_blocking=True)
-    return Plan(slots=slots, grads=pointers, table=table, host=host, work=made[: len(work)], aligned=aligned)
+    refs = [weakref.ref(slot) for slot in slots]
+    return Plan(slots=refs, grads=pointers, table=table, host=host, work=made[: len(work)], aligned=aligned)
 
 
 def _tile(formats: Sequence[Format]) -> int:
