@@ -10,6 +10,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint
 import torch.multiprocessing as mp
 from torch import nn
 
@@ -134,3 +135,20 @@ def test_two_processes(device, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(work, args=(2, port, device.type, str(tmp_path)), nprocs=2)
+    loaded_in_one_process(device, tmp_path)
+
+
+def loaded_in_one_process(device, folder):
+    """What two processes saved, whole: the shards' codes put together are those of one process after the same steps."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    for make in (optim.AdamW8bit, optim.AdamW4bit, optim.AdamWFp8):
+        model, other = build(device), build(device)
+        optimizer, fresh = make(model.parameters(), lr=1e-3), make(other.parameters(), lr=1e-3)
+        train(model, optimizer, device, 3)
+        found = {"optimizer": get_optimizer_state_dict(other, fresh)}
+        dist.checkpoint.load(found, checkpoint_id=f"{folder}/{make.__name__}", no_dist=True)
+        set_optimizer_state_dict(other, fresh, found["optimizer"])
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(optimizer.state[p][name], fresh.state[q][name]), (make.__name__, name, p.shape)
