@@ -82,7 +82,9 @@ def _read(
     else:
         if BITS == 4:
             half = first * (G // 2) + tl.arange(0, N // 2)
-            packed = tl.load(_pointer(row_ptr, FIELD, tl.uint8, W // 2) + half, mask=half < blocks * (G // 2), other=0)
+            packed = tl.load(
+                _pointer(row_ptr, FIELD, tl.uint8, (W + 1) // 2) + half, mask=half < blocks * (G // 2), other=0
+            )
             codes = tl.join(packed & 15, packed >> 4).reshape((N,))
         else:
             codes = tl.load(_pointer(row_ptr, FIELD, tl.uint8, W) + at, mask=mask, other=0)
@@ -172,7 +174,7 @@ def _write(
         if BITS == 4:
             low, high = tl.split(codes.reshape((N // 2, 2)))
             half = first * (G // 2) + tl.arange(0, N // 2)
-            packed_ptr = _pointer(row_ptr, FIELD, tl.uint8, W // 2)
+            packed_ptr = _pointer(row_ptr, FIELD, tl.uint8, (W + 1) // 2)
             tl.store(packed_ptr + half, low | (high << 4), mask=half < blocks * (G // 2))
         else:
             tl.store(_pointer(row_ptr, FIELD, tl.uint8, W) + at, codes, mask=mask)
