@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowp.layouts import LAYOUTS
 from lowp.numerics import ELEMENTS, RULES, Scheme, known_formats
-from lowp.ops import Case, kernels_of
+from lowp.ops import Case, all_ops, kernels_of
 from lowp.quantize import METHODS
 from lowp.torchao import names as torchao_names
 from lowp.torchao.config import CONFIG_ROWS, CONFIGS, scheme_of
@@ -88,10 +88,7 @@ def kernels_page() -> str:
         "# Kernels and layouts",
         "Made by `docs/generate.py` from the kernel table. `lowp explain linear int4` says which can run where you are.",
     ]
-    for op in (
-        "linear", "matmul", "grouped", "product", "grouped_product", "embedding", "cast", "cast_both", "fake_cast",
-        "cast_codes_as", "cast_interleaved",
-    ):  # fmt: skip
+    for op in all_ops():
         rows = [
             (
                 f"`{k.name}`",

@@ -27,6 +27,7 @@ def guest(requirement):
     ("host", "cases"),
     [
         pytest.param("transformers_", 12, marks=guest("transformers>=5.0 accelerate>=1.10")),
+        pytest.param("trainer_", 2, marks=guest("transformers>=5.0 accelerate>=1.10")),
         pytest.param("peft_", 12, marks=guest("peft>=0.18 transformers>=5.0")),
         pytest.param("diffusers_", 6, marks=guest("diffusers>=0.36 accelerate>=1.10")),
         pytest.param("accelerate_", 4, marks=guest("accelerate>=1.10 transformers>=5.0")),

@@ -13,9 +13,10 @@ import dataclasses, re, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowp.kernels.triton_ import cast, cast_both, decode, launch, w16, w8a8
+from lowp.kernels.triton_ import cast, cast_both, decode, launch, update, w16, w8a8
 from lowp.kernels.triton_.packed import parts_of
 from lowp.numerics import Format
+from lowp.ops.update import Settings, Slot, coefficients
 from lowp.tensor import QTensor
 
 NAMES = {
@@ -35,7 +36,7 @@ def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
         elif value is None or i >= len(args):
             signature[name], values[(i,)] = "constexpr", value
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
     source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, launch_pdl=True)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
@@ -63,6 +64,9 @@ parts = parts_of(q.packed)
 decode._decode(*parts, None, q.spec.scheme, 512, torch.bfloat16)
 tiling = dataclasses.replace(w16.choose(1, 512, 512, 90), split=2)
 w16.tiled(x[:1].contiguous(), parts, q.spec.scheme, tiling)
+state = {"qdata": torch.zeros(4096).bfloat16()}
+slot = Slot(param=torch.zeros(4096).bfloat16(), states=(state,), scheme="bf16", shape=(4096,))
+update._run(1, [slot], [slot.param], Settings(), coefficients("sgd", Settings(), 0.1, 1))
 """
 
 
@@ -81,6 +85,7 @@ def test_no_kernel_touches_memory_before_it_waits(tmp_path):
         "decode_rows",
         "product",
         "add_splits",
+        "_update_kernel",
     }
     assert {line.split()[0] for line in lines} == kernels
     assert all(line.split()[1:] == ["1", "1", "0", "True"] for line in lines), lines

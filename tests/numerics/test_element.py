@@ -284,3 +284,17 @@ def test_stochastic_rounding_of_floats(name):
     assert torch.equal(
         element.encode_stochastic(edge, torch.full((5,), 0.999)).float().nan_to_num(7.0), edge.nan_to_num(7.0)
     )
+
+
+@each_codebook
+def test_a_look_up_finds_the_code_of_the_search_on_both_sides_of_every_boundary(element):
+    """Buckets against bucketize: each boundary, its neighbours in float32, and numbers of every size beside them."""
+    boundaries = element._search(torch.device("cpu"))[1]
+    up, down = torch.full_like(boundaries, math.inf), torch.full_like(boundaries, -math.inf)
+    near = torch.cat([boundaries, torch.nextafter(boundaries, up), torch.nextafter(boundaries, down)])
+    any_bits = torch.randint(-(2**31), 2**31 - 1, (20000,), dtype=torch.int32).view(torch.float32)
+    x = torch.cat(
+        [near, -near, any_bits, torch.rand(20000) * 2 - 1, torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf])]
+    )
+    assert element.buckets is not None and len(element.buckets.words) <= 4096
+    assert_same(element.encode(x), element.encode_by_table(x), x)

@@ -7,14 +7,11 @@ import pytest
 import torch
 
 from lowp.numerics import Scheme, known_formats
-from lowp.ops import Case, explain, kernels_of
+from lowp.ops import Case, all_ops, explain, kernels_of
 from lowp.ops.registry import why_not_from_plain
 
 SCHEMES = tuple(known.spelling for known in known_formats())
-OPS = (
-    "linear", "matmul", "grouped", "product", "grouped_product", "embedding", "cast", "cast_both", "fake_cast",
-    "cast_codes_as", "cast_interleaved",
-)  # fmt: skip
+OPS = all_ops()
 MACHINES = (("cpu", 0), ("cuda", 80), ("cuda", 89), ("cuda", 90), ("cuda", 100), ("cuda", 120))
 MX = tuple(s for s in SCHEMES if "@" in s and Scheme.parse(s).act.block in ("1x32", "1x16"))
 

@@ -95,13 +95,13 @@ def test_an_unknown_name_of_torchao_is_a_sentence():
     text = (
         "import lowp.torchao; lowp.torchao.install()\n"
         "for line in ('from torchao.quantization import Int8Tensr', 'from torchao import sparsty', 'import torchao.affine',"
-        " 'from torchao.optim import AdamW8bit'):\n"
+        " 'from torchao.prototype.parq.api import create_optimizer'):\n"
         "    try: exec(line)\n"
         "    except ImportError as e: print(type(e).__name__, e)"
     )
     lines = " ".join(python(text))
     assert "did you mean Int8Tensor" in lines and "did you mean sparsity" in lines
-    assert "No module named 'torchao.affine'" in lines and "lacks low-bit optimizers" in lines
+    assert "No module named 'torchao.affine'" in lines and "lacks PARQ" in lines
     assert lines.count("docs/torchao.md") == 4
 
 

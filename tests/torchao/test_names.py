@@ -50,8 +50,8 @@ def test_a_function_and_a_package_of_one_name_stay_both():
         ("from lowp.torchao.quantization import Int8Tensr", r"did you mean Int8Tensor .*docs/torchao\.md"),
         ("from lowp.torchao.quantization import MXTensor", r"MXTensor is in|did you mean"),
         (
-            "from lowp.torchao.optim import AdamW8bit",
-            r"not there yet: lowp lacks low-bit optimizers\. docs/torchao\.md",
+            "from lowp.torchao.prototype.parq.api import create_optimizer",
+            r"not there yet: lowp lacks PARQ\. docs/torchao\.md",
         ),
         ("from lowp.torchao.quantization.qat import QATConfig", r"lacks quantization-aware training"),
     ],

@@ -19,7 +19,8 @@ value. The tie rule moves into the boundary: where a tie belongs to the lower va
 Signed floats are encoded by magnitude, and the sign bit is added after, so that -0.0 stays -0.0.
 
 `encode_by_table` is that search, for every element. `encode` is a faster way to the same code, and the tests compare the two:
-torch's own cast after clamping where torch has the dtype (`native`), rounding for integers, arithmetic for float4 and float6.
+torch's own cast after clamping where torch has the dtype (`native`), rounding for integers, arithmetic for float4 and float6,
+one look-up for codebooks (`buckets.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .buckets import Buckets, buckets_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class Element:
         if (
             self.kind != "identity"
         ):  # now: until Python 3.12 the first look takes a lock, which torch.compile cannot trace
-            _ = self.values, self.min, self.max, self.largest, self.emax, self.tiny, self._lists
+            _ = self.values, self.min, self.max, self.largest, self.emax, self.tiny, self._lists, self.buckets
 
     # -- the table ----------------------------------------------------------------------------------------------------
 
@@ -202,7 +205,22 @@ class Element:
             return x.clamp(self.min, self.max).to(self.native)
         if self.kind == "float" and self.specials == "none":
             return self._encode_float(x)
+        if self.buckets is not None:
+            return self._encode_by_bucket(x, self.buckets)
         return self.from_codes(self.encode_by_table(x, saturate=saturate))
+
+    def _encode_by_bucket(self, x: Tensor, buckets: Buckets) -> Tensor:
+        """One look-up: see `buckets.py`."""
+        bits = torch.where(x.isnan(), math.inf, x).view(torch.int32)
+        magnitude = bits & 0x7FFFFFFF if buckets.first else bits
+        key = magnitude.clamp(buckets.base, buckets.top).sub_(buckets.base)
+        if buckets.first:
+            key ^= bits >> 31
+        bucket = (key >> buckets.shift).add_(buckets.first)
+        words = _constant(self, "buckets", x.device).index_select(0, bucket.flatten()).view(x.shape)
+        return (
+            words.add_(key.bitwise_and_((1 << buckets.shift) - 1)).bitwise_right_shift_(buckets.shift).to(torch.uint8)
+        )
 
     def _encode_float(self, x: Tensor) -> Tensor:
         """Round to nearest even by arithmetic: the step between values is 2**(e - mbits) for a number of exponent e."""
@@ -263,6 +281,14 @@ class Element:
         return torch.where(away, codes + 1, codes).view(self.native)
 
     @functools.cached_property
+    def buckets(self) -> Buckets | None:
+        """How a codebook in rising order is encoded by one look-up; None for other elements."""
+        codes, boundaries = self._lists
+        if self.kind != "codebook" or codes[:-1] != tuple(range(len(codes) - 1)):
+            return None
+        return buckets_of(boundaries[:-1], self.signed, max(self.max, -self.min))  # the last is overflow
+
+    @functools.cached_property
     def _lists(self) -> tuple[tuple[int, ...], tuple[float, ...]]:
         return _search_lists(self)
 
@@ -318,6 +344,8 @@ def _build(element: Element, what: str, device: torch.device) -> Tensor:
     if what == "ordered":
         finite = sorted({value for value in element.values if math.isfinite(value)})
         return torch.tensor(finite, dtype=torch.float32, device=device)
+    if what == "buckets" and element.buckets is not None:
+        return torch.tensor(element.buckets.words, dtype=torch.int32, device=device)
     codes, boundaries = element._lists
     if what == "ranked codes":
         return torch.tensor(codes, dtype=torch.uint8, device=device)

@@ -11,11 +11,14 @@ from .grouped_product import grouped_product
 from .linear import linear
 from .matmul import matmul
 from .product import product
-from .registry import Case, Kernel, best_layout, device_of, explain, kernels_of, pick, strict
+from .registry import Case, Kernel, all_ops, best_layout, device_of, explain, kernels_of, pick, strict
+from .update import adam, lion, sgd
 
 __all__ = [
     "Case",
     "Kernel",
+    "adam",
+    "all_ops",
     "best_layout",
     "cast",
     "cast_both",
@@ -29,8 +32,10 @@ __all__ = [
     "grouped_product",
     "kernels_of",
     "linear",
+    "lion",
     "matmul",
     "pick",
     "product",
+    "sgd",
     "strict",
 ]

@@ -107,6 +107,16 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
 
 
 @functools.cache
+def all_ops() -> tuple[str, ...]:
+    """The names of all ops: each has a fallback that runs every case.
+
+    >>> all_ops()[0]
+    'linear'
+    """
+    return tuple(dict.fromkeys(kernel.op for module in _kernel_modules() for kernel in module if kernel.fallback))
+
+
+@functools.cache
 def _kernel_modules() -> tuple[tuple[Kernel, ...], ...]:
     from .. import kernels
 

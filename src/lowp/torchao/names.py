@@ -80,8 +80,8 @@ def submodules(module: str) -> list[str]:
 def sentence(module: str, name: str) -> str:
     """Why a name cannot be imported, and what comes nearest.
 
-    >>> sentence("optim", "AdamW8bit")
-    'torchao.optim.AdamW8bit is not there yet: lowp lacks low-bit optimizers. docs/torchao.md lists what is.'
+    >>> sentence("prototype.parq.api", "create_optimizer")
+    'torchao.prototype.parq.api.create_optimizer is not there yet: lowp lacks PARQ. docs/torchao.md lists what is.'
     """
     full = f"torchao.{module}" if module else "torchao"
     row = by_module().get(module, {}).get(name)

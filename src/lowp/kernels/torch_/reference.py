@@ -37,6 +37,7 @@ from ...ops.matmul import reference as matmul_reference
 from ...ops.product import formats, values_product
 from ...ops.product import reference as product_reference
 from ...ops.registry import Case, Kernel
+from ...ops.update import reference as update_reference
 
 
 def _always(case: Case) -> str:
@@ -115,6 +116,10 @@ def _cast_in_torch(case: Case) -> str:
     return f"{case.weight.element.name} by torch's operators, one after the other"
 
 
+def _step_in_torch(case: Case) -> str:
+    return f"states in {case.scheme.replace('@', ' and ')} decoded, updated and quantized by torch's operators"
+
+
 def _last(
     op: str,
     name: str,
@@ -175,5 +180,9 @@ KERNELS = (
     _last(
         "embedding", "reference", embedding_reference, "decode the whole table, then look up",
         lambda case: f"{decoded(case)}, the whole table, then looked up",
+    ),
+    *(
+        _last(rule, "reference", partial(update_reference, rule), _IN_TORCH, _step_in_torch)
+        for rule in ("adam", "sgd", "lion")
     ),
 )  # fmt: skip

@@ -67,6 +67,8 @@ ELEMENTS = (
     ),
 )
 
+UNSIGNED = {"dyn8": "udyn8", "dyn4": "ulin4"}  # the map of a second moment, beside that of the first
+
 
 KNOWN = (
     Known(spelling="dyn8/1x256", about="first moment of an 8-bit Adam", source=_DETTMERS),

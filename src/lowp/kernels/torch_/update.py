@@ -1,0 +1,62 @@
+"""Optimizer steps on a CPU: the reference, in pieces that stay in a core's cache.
+
+    for each 128 Ki elements of a parameter: adam(piece)
+
+A step reads and writes a parameter some twenty times in torch's operators; by pieces only the first and last of these go to
+memory. Blocks do not depend on one another, so the bytes are the reference's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from ...ops.registry import Case, Kernel
+from ...ops.update import Coefficients, Settings, Slot, flat, formats_of, piece, reference, why_not_flat
+
+_PIECE = 1 << 17  # elements: half a MB of float32
+
+
+def _why_not(case: Case) -> str:
+    if case.device != "cpu":
+        return f"wants cpu, got {case.device}"
+    return next((why for why in map(why_not_flat, formats_of(case.scheme)) if why), "")
+
+
+def _run(
+    rule: str,
+    slots: Sequence[Slot],
+    grads: Sequence[Tensor],
+    settings: Settings,
+    numbers: Coefficients | Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    if found_inf is not None and bool(found_inf):
+        return
+    blocks = [1 if fmt.is_identity else int(fmt.block[2:]) for fmt in slots[0].formats]
+    size = max(1, _PIECE // math.lcm(8, *blocks)) * math.lcm(8, *blocks)
+    for slot, grad in zip(slots, grads, strict=True):
+        whole, g = flat(slot), grad.view(-1)
+        for start in range(0, g.numel(), size):
+            stop = min(start + size, g.numel())
+            reference(rule, [piece(whole, start, stop)], [g[start:stop]], settings, numbers, grad_scale)
+
+
+def _how(case: Case) -> str:
+    names = dict.fromkeys(fmt.element.name for fmt in formats_of(case.scheme))
+    return f"states in {' and '.join(names)} decoded, updated in fp32 and encoded by torch's operators, in pieces of 128 Ki"
+
+
+_CASES = ("dyn8/1x256@udyn8/1x256", "dyn4/1x128@ulin4/1x128", "e4m3/1x256", "fp32")
+
+KERNELS = tuple(
+    Kernel(
+        op=rule, name="pieces", rank=100, layout="", why_not=_why_not, run=partial(_run, rule), how=_how, cases=_CASES,
+        about="the definition, by pieces that a core's cache holds",
+    )
+    for rule in ("adam", "sgd", "lion")
+)  # fmt: skip

@@ -1,0 +1,262 @@
+"""The ops adam, sgd and lion: against torch's optimizers in float32, and every kernel against the reference, byte for byte.
+
+Triton's kernels run in its interpreter on a CPU, which plays an sm90, and for real on a GPU. The parameter may differ in its last
+bit where square roots and quotients are not IEEE's. Codes and scales may not.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lowp.kernels.triton_ import interpreted
+from lowp.layouts import Spec, layout_of
+from lowp.numerics import ELEMENTS, Format, quantize
+from lowp.ops import kernels_of, update
+from lowp.ops.update import (
+    Settings,
+    Slot,
+    coefficients,
+    coefficients_on_device,
+    formats_of,
+    noise,
+    piece,
+    read,
+    reference,
+)
+
+RULES = ("adam", "sgd", "lion")
+MOMENTS = {"adam": 2, "sgd": 1, "lion": 1}
+SCHEMES = (
+    "dyn8/1x256@udyn8/1x256",
+    "dyn4/1x128@ulin4/1x128",
+    "e4m3/1x256",
+    "fp32",
+    "bf16",
+    "dyn8/1x256@fp32",
+    "e5m2/1x64",
+)
+SETTINGS = {
+    "plain": Settings(),
+    "decoupled": Settings(weight_decay=0.1, decoupled=True),
+    "coupled, up, amsgrad, nesterov": Settings(
+        weight_decay=0.1, maximize=True, amsgrad=True, nesterov=True, dampening=0.0
+    ),
+    "noise": Settings(seed=11),
+}
+
+
+def slots_of(rule, scheme, sizes, dtype, device, settings, steps=1):
+    """Parameters, and states that a few steps have filled."""
+    slots = []
+    count = 3 if rule == "adam" and settings.amsgrad else MOMENTS[rule]
+    for key, size in enumerate(sizes):
+        states = []
+        for i, fmt in enumerate(formats_of(scheme)[:count]):
+            value = torch.randn(size) * 10.0 ** torch.randint(-6, 0, (size,)) * steps
+            parts = quantize(value if i == 0 else value.square(), fmt)
+            packed = layout_of("plain").pack(parts, Spec(scheme=str(fmt), layout="plain", shape=(size,)))
+            states.append({name: tensor.to(device) for name, tensor in packed.items()})
+        param = torch.randn(size).to(device, dtype)
+        slots.append(Slot(param=param, states=tuple(states), scheme=scheme, shape=(size,), key=key))
+    return slots
+
+
+def copied(slots):
+    return [
+        dataclasses.replace(
+            slot,
+            param=slot.param.clone(),
+            states=tuple({name: tensor.clone() for name, tensor in packed.items()} for packed in slot.states),
+        )
+        for slot in slots
+    ]
+
+
+def able(rule, slots, grads, settings):
+    """The kernels that can run these slots, the reference aside; Triton's as if for an sm90 where its interpreter runs them."""
+    case = update.case_of_update(rule, slots[0], grads[0], settings)
+    found = []
+    for kernel in kernels_of(rule):
+        run = getattr(kernel.run, "func", kernel.run)
+        asked = case
+        if run.__module__.startswith("lowp.kernels.triton_.") and case.device == "cpu" and interpreted():
+            asked = dataclasses.replace(case, device="cuda", sm=90)
+        why = kernel.why_not(asked)
+        assert not why or why.startswith("wants"), why
+        if not why and not kernel.fallback:
+            found.append(kernel)
+    return found
+
+
+def is_exact(rule, device):
+    """Whether the parameter is compared bit for bit too: adam has a square root, and torch's own on a CPU is not IEEE's."""
+    return device.type == "cpu" and rule != "adam"
+
+
+def assert_same_slots(got, wanted, exact):
+    for a, b in zip(got, wanted, strict=True):
+        for mine, theirs in zip(a.states, b.states, strict=True):
+            for name in theirs:
+                x, y = (t[name].contiguous().view(torch.uint8) for t in (mine, theirs))
+                assert torch.equal(x, y), (name, (x != y).sum().item())
+        if exact:
+            assert torch.equal(a.param, b.param)
+        else:
+            torch.testing.assert_close(a.param, b.param, rtol=2 * torch.finfo(a.param.dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("rule", "settings"), list(itertools.product(RULES, SETTINGS)), ids=str)
+def test_every_kernel_writes_the_bytes_of_the_reference(rule, settings, scheme, device, poison):
+    settings = SETTINGS[settings]
+    on_device = coefficients_on_device(rule, settings, 1e-2, torch.tensor(3.0, device=device))
+    for dtype, number in ((torch.bfloat16, coefficients(rule, settings, 1e-2, 3)), (torch.float32, on_device)):
+        slots = slots_of(rule, scheme, (512, 1280), dtype, device, settings)
+        grads = [torch.randn(slot.param.numel(), device=device).mul_(0.1).to(dtype) for slot in slots]
+        expected = copied(slots)
+        reference(rule, expected, grads, settings, number)
+        for kernel in able(rule, slots, grads, settings):
+            mine = copied(slots)
+            kernel.run(mine, grads, settings, number)
+            assert_same_slots(mine, expected, exact=is_exact(rule, device))
+
+
+def test_the_kernels_are_those_that_the_formats_want(device):
+    settings, device_kernel = Settings(), {"cpu": "pieces", "cuda": "fused"}[device.type]
+    names = {}
+    for scheme in (*SCHEMES, "int8/row", "nf4/1x64"):
+        slots = slots_of("adam", scheme, (512,), torch.bfloat16, device, settings)
+        names[scheme] = [kernel.name for kernel in able("adam", slots, [slots[0].param], settings)]
+    assert all(device_kernel in names[scheme] for scheme in SCHEMES), names
+    assert names["int8/row"] == []
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_scaled_gradients_and_a_step_that_is_skipped(rule, device):
+    settings = Settings()
+    scheme = "dyn8/1x256@udyn8/1x256"
+    slots = slots_of(rule, scheme, (512,), torch.float32, device, settings)
+    grads = [torch.randn(512, device=device)]
+    number = coefficients(rule, settings, 1e-2, 2)
+    expected = copied(slots)
+    reference(rule, expected, grads, settings, number)
+    scale, zero, one = (torch.tensor(value, device=device) for value in (1024.0, 0.0, 1.0))
+    run = [kernel.run for kernel in able(rule, slots, grads, settings)]
+    for kernel in (*run, lambda *args: reference(rule, *args)):
+        scaled, skipped = copied(slots), copied(slots)
+        kernel(scaled, [grads[0] * 1024], settings, number, scale, zero)
+        assert_same_slots(scaled, expected, exact=is_exact(rule, device))
+        kernel(skipped, [grads[0] * math.inf], settings, number, scale, one)
+        assert_same_slots(skipped, slots, exact=True)
+
+
+def test_a_quotient_in_two_instructions_is_ieees():
+    """What the kernel does on a GPU, in NumPy's widest float: 1 / scale in two floats, the first off by up to a bit."""
+    count, wide = 1 << 20, np.longdouble
+    if np.finfo(wide).nmant < 63:
+        pytest.skip("needs a long double of 64 bits")
+    rng = np.random.default_rng(0)
+    scale = (rng.random(count) + 1).astype(np.float32) * np.exp2(rng.integers(-90, 90, count)).astype(np.float32)
+    x = (scale * rng.random(count).astype(np.float32)).astype(np.float32)
+    for off in (-1, 0, 1):
+        high = ((np.float32(1) / scale).view(np.int32) + off).view(np.float32)
+        high = (wide(high) + wide((1 - wide(high) * wide(scale)).astype(np.float32)) * wide(high)).astype(np.float32)
+        low = (1 - wide(high) * wide(scale)).astype(np.float32) * high
+        quotient = (wide(x) * wide(high) + wide(x * low)).astype(np.float32)
+        assert (quotient == x / scale).all()
+    inverse = np.float32(1 / 448)
+    rest = np.float32(1 / 448 - float(inverse))
+    assert ((wide(x) * wide(inverse) + wide(x * rest)).astype(np.float32) == x / np.float32(448)).all()
+
+
+def test_pieces_are_the_whole(device):
+    settings = Settings(seed=3)
+    slots = slots_of("adam", "dyn4/1x128@ulin4/1x128", (1024,), torch.bfloat16, device, settings)
+    grad, number = torch.randn(1024, device=device), coefficients("adam", settings, 1e-2, 1)
+    parts = copied(slots)
+    reference("adam", slots, [grad], settings, number)
+    for start, stop in ((0, 384), (384, 896), (896, 1024)):
+        reference("adam", [piece(parts[0], start, stop)], [grad[start:stop]], settings, number)
+    assert_same_slots(parts, slots, exact=True)
+
+
+def test_noise_is_philox():
+
+    drawn = noise(1 << 16, 0, 5, 9, 2, torch.device("cpu")).double()
+    assert drawn.min() >= 0 and drawn.max() < 65536
+    assert abs(drawn.mean() / 32767.5 - 1) < 0.01 and abs(drawn.std() / (65536 / 12**0.5) - 1) < 0.01
+    assert not torch.equal(drawn, noise(1 << 16, 0, 5, 10, 2, torch.device("cpu")).double())
+    assert not torch.equal(drawn, noise(1 << 16, 0, 5, 9, 3, torch.device("cpu")).double())
+    assert torch.equal(noise(64, 128, 5, 9, 2, torch.device("cpu")).double(), drawn[128:192])
+    pairs = torch.corrcoef(torch.stack([drawn[i::8] for i in range(8)]))
+    assert (pairs - torch.eye(8)).abs().max() < 0.05
+
+
+def test_rounding_with_noise_is_unbiased_and_rounding_to_nearest_is_not(device):
+    """A step of a tenth of bf16's spacing: the mean of many parameters moves by it, to nearest none moves at all."""
+    count, step = 1 << 16, 2.0**-7 / 10  # around 1 the spacing of bf16 is 2**-7
+    moved = {}
+    for seed in (None, 0):
+        settings = Settings(beta1=0.0, seed=seed)
+        param = torch.ones(count, dtype=torch.bfloat16, device=device)
+        slot = Slot(param=param, states=({"qdata": torch.zeros(count, device=device)},), scheme="fp32", shape=(count,))
+        reference(
+            "sgd", [slot], [torch.full((count,), -1.0, device=device)], settings, coefficients("sgd", settings, step, 1)
+        )
+        moved[seed] = (param.float().mean().item() - 1) / step
+    assert moved[None] == 0.0
+    deviation = math.sqrt(0.1 * 0.9) * 10 / math.sqrt(count)  # of the mean, in steps: it is 0 or 10 steps
+    assert abs(moved[0] - 1) < 5 * deviation and deviation < 0.02
+
+
+def test_the_states_are_those_of_quantize(device):
+    """The bytes of a state are numerics' own of the updated moment, by hand for Adam's first step."""
+    settings, scheme = Settings(), "dyn8/1x256@udyn8/1x256"
+    (slot,) = slots_of("adam", scheme, (512,), torch.float32, device, settings)
+    zero = [quantize(torch.zeros(512, device=device), fmt).tensors() for fmt in formats_of(scheme)[:2]]
+    slot, grad = dataclasses.replace(slot, states=tuple(zero)), torch.randn(512, device=device)
+    update.adam([slot], [grad], settings, coefficients("adam", settings, 1e-3, 1))
+    for packed, value, fmt in zip(
+        slot.states, (grad * (1 - 0.9), grad * grad * (1 - 0.999)), formats_of(scheme), strict=False
+    ):
+        parts = quantize(value, fmt)
+        assert torch.equal(packed["qdata"], parts.qdata) and torch.equal(packed["scale"], parts.scale)
+        spec = Spec(scheme=str(fmt), layout="plain", shape=(512,))
+        error = (read(packed, spec) - value).abs()
+        gap = max(b - a for a, b in itertools.pairwise(sorted(ELEMENTS[fmt.element.name].values)))
+        assert (error <= 0.51 * gap * parts.scale.repeat_interleave(256)).all()
+
+
+def test_one_format_serves_both_moments_and_a_pair_each_its_own():
+    assert [str(fmt) for fmt in formats_of("e4m3/1x256")] == ["e4m3/1x256"] * 3
+    assert [str(fmt) for fmt in formats_of("dyn8/1x256@fp32")] == ["dyn8/1x256", "fp32", "fp32"]
+    assert str(Format.parse("dyn8/1x256")) == "dyn8/1x256"
+
+
+def test_tables_follow_gradients_that_move_and_go_with_their_parameters(device):
+    """Three steps with gradients at new addresses each, of two lists that take turns; then nothing is kept."""
+    import gc
+
+    from lowp.kernels.triton_ import update as fused
+
+    settings, scheme = Settings(), "e4m3/1x256"
+    lists = [slots_of("adam", scheme, (512, 256), torch.bfloat16, device, settings) for _ in range(2)]
+    expected, kept, before = [copied(slots) for slots in lists], [], len(fused._PLANS)
+    (kernel,) = [k for k in able("adam", lists[0], [lists[0][0].param], settings) if k.name == "fused"]
+    for step in range(1, 4):
+        for slots, wanted in zip(lists, expected, strict=True):
+            grads = [torch.randn(slot.param.numel(), device=device).bfloat16() for slot in slots]
+            kept.append(grads)
+            number = coefficients("adam", settings, 1e-2, step)
+            kernel.run(slots, grads, settings, number)
+            reference("adam", wanted, grads, settings, number)
+            assert_same_slots(slots, wanted, exact=False)
+    assert len(fused._PLANS) == before + 2
+    del slots, wanted
+    lists.clear()
+    gc.collect()
+    assert len(fused._PLANS) == before

@@ -1,0 +1,164 @@
+"""CPUOffloadOptimizer does what its optimizer_class does, on a GPU and on a CPU alone: accumulation, clipping, checkpoints."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import lowp.optim as optim
+from lowp.errors import MisfitError
+from lowp.optim import CPUOffloadOptimizer
+
+
+def model(device):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64), nn.LayerNorm(64)).to(device)
+
+
+def batches(device, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(8, 64, generator=generator).to(device) for _ in range(count)]
+
+
+def train(net, optimizer, data, passes=1, clip=None):
+    for i in range(0, len(data), passes):
+        optimizer.zero_grad()
+        for x in data[i : i + passes]:
+            net(x).square().mean().backward()
+        if clip is not None:
+            clip(net)
+        optimizer.step()
+
+
+def assert_same(a, b, device):
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        if device.type == "cpu":
+            assert torch.equal(p, q), (p - q).abs().max()
+        else:
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+CLASSES = {
+    "AdamW": torch.optim.AdamW,
+    "SGD": functools.partial(torch.optim.SGD, momentum=0.9),
+    "AdamW8bit": optim.AdamW8bit,
+}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("name", CLASSES)
+def test_it_is_the_optimizer_it_wraps(name, passes, offload, device):
+    kind = CLASSES[name]
+    a, b = model(device), model(device)
+    data = batches(device, 6)
+    options = {"lr": 1e-2} | ({"fused": True} if name == "AdamW" else {})
+    train(a, kind(a.parameters(), **options), data, passes)
+    if isinstance(kind, functools.partial):
+        kind, options = kind.func, options | kind.keywords | {"fused": True}
+        a = model(device)
+        train(a, kind(a.parameters(), **options), data, passes)
+    optimizer = CPUOffloadOptimizer(b.parameters(), kind, offload_gradients=offload, **options)
+    train(b, optimizer, data, passes)
+    assert_same(a, b, device)
+    big = [p for p in b.parameters() if p.numel() >= 4096]
+    assert all((p.grad is None) == offload for p in big) and all(
+        p.grad is not None for p in b.parameters() if p not in set(big)
+    )
+    for p in big:
+        held = optimizer.state[p]
+        assert held and all(t.device.type == "cpu" for t in held.values() if isinstance(t, torch.Tensor))
+    assert optimizer.host_nbytes >= sum(p.numel() * p.element_size() for p in big)
+
+
+@pytest.mark.parametrize(
+    ("offload", "how"), [(False, "torch"), (False, "own"), (True, "own"), (True, "max_norm"), (False, "max_norm")]
+)
+def test_clipping(offload, how, device):
+    a, b = model(device), model(device)
+    data = [1000 * x for x in batches(device, 3)]
+    clip = functools.partial(torch.nn.utils.clip_grad_norm_, max_norm=0.1, foreach=False)
+    train(
+        a, torch.optim.AdamW(a.parameters(), lr=1e-2, fused=True), data, clip=lambda net: clip(list(net.parameters()))
+    )
+    options = {"max_norm": 0.1} if how == "max_norm" else {}
+    optimizer = CPUOffloadOptimizer(b.parameters(), offload_gradients=offload, lr=1e-2, **options)
+    ways = {
+        "torch": lambda net: clip(list(net.parameters())),
+        "own": lambda net: optimizer.clip_grad_norm_(0.1),
+        "max_norm": None,
+    }
+    train(b, optimizer, data, clip=ways[how])
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    c = model(device)
+    train(c, torch.optim.AdamW(c.parameters(), lr=1e-2, fused=True), data)
+    assert any(
+        not torch.allclose(p, q, rtol=1e-3, atol=1e-4) for p, q in zip(a.parameters(), c.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_checkpoint_goes_on_and_is_the_wrapped_optimizers_own(offload, device, tmp_path):
+    net, data = model(device), batches(device, 6)
+    optimizer = CPUOffloadOptimizer(net.parameters(), offload_gradients=offload, lr=1e-2)
+    train(net, optimizer, data[:3])
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    train(net, optimizer, data[3:])
+    for kind in (
+        functools.partial(CPUOffloadOptimizer, offload_gradients=offload),
+        functools.partial(torch.optim.AdamW, fused=True),
+    ):
+        again = model(device)
+        other = kind(again.parameters(), lr=5.0)
+        again.load_state_dict(saved["model"])
+        other.load_state_dict(saved["optimizer"])
+        train(again, other, data[3:])
+        assert_same(again, net, device)
+
+
+def test_weights_that_someone_else_writes_are_taken_over(device):
+    net = model(device)
+    optimizer = CPUOffloadOptimizer(net.parameters(), lr=1e-3)
+    data = batches(device, 2)
+    train(net, optimizer, data[:1])
+    with torch.no_grad():
+        net[0].weight.fill_(2.0)
+    train(net, optimizer, data[1:])
+    assert (net[0].weight - 2.0).abs().max() < 0.01
+
+
+def test_schedulers_and_groups(device):
+    nets = model(device), model(device)
+    data, made = batches(device, 4), []
+    for net, kind in zip(nets, (CPUOffloadOptimizer, torch.optim.AdamW), strict=True):
+        groups = [{"params": net[0].parameters(), "weight_decay": 0.0}, {"params": net[2].parameters(), "lr": 1e-2}]
+        optimizer = kind(groups, lr=1e-3, fused=True)
+        optimizer.add_param_group({"params": net[3].parameters()})
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+        for x in data:
+            train(net, optimizer, [x])
+            schedule.step()
+        made.append(net)
+    assert_same(*made, device)
+
+
+def test_a_gradient_that_was_dropped_is_not_stepped(device):
+    net = model(device)
+    optimizer = CPUOffloadOptimizer(net.parameters(), offload_gradients=True, lr=1.0)
+    before = [p.detach().clone() for p in net.parameters()]
+    net(batches(device, 1)[0]).sum().backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+def test_what_it_refuses(device):
+    embedding = nn.Embedding(128, 64, sparse=True, device=device)
+    CPUOffloadOptimizer(embedding.parameters())
+    with pytest.raises(MisfitError, match="sparse=False"):
+        embedding(torch.tensor([1], device=device)).sum().backward()
+    with pytest.raises(MisfitError, match="state_dict"):
+        CPUOffloadOptimizer(model(device).parameters()).__getstate__()
