@@ -33,17 +33,17 @@ from ..errors import CheckpointError, LowpError, MisfitError
 from ..layouts.plain import tensor_shapes
 from ..numerics import Scheme
 from . import shards as files
-from .apply import Report, ReportRow, quantize_weight
+from .apply import Report, ReportRow
 from .checkpoint import SHARD_BYTES, Meaning, check_floats, check_target, copy_configuration, publish, seal
 from .match import Plan, PlanRow
 from .method import method_of
 from .shards import Shapes, Shard, Stored
+from .weight import quantize_weight
 
 JOURNAL = "journal.jsonl"
 _SLAB = 1 << 20  # elements that are quantized at once: 4 MiB in float32, which a processor's cache holds
 _DURABLE = 1 << 27  # bytes written (128 MiB) or seconds passed between two entries of finished tensors in the journal
 _SECONDS = 5.0
-_BY_ROWS = ("absmax", "mse", "hqq")  # methods that look at nothing beyond a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,8 +280,8 @@ def _matrix_shape(row: PlanRow) -> tuple[int, ...]:
 def _step(source: Source, row: PlanRow, method: str) -> int:
     """Rows of the source that may be quantized apart from the others."""
     fmt = Scheme.parse(row.scheme or "").weight
-    searches = method not in _BY_ROWS and not method_of(method).why_not(fmt)
-    if searches or row.kind == "conv1d" or fmt.nested is not None:
+    whole = not method_of(method).by_rows and not method_of(method).why_not(fmt)
+    if whole or row.kind == "conv1d" or fmt.nested is not None:
         return source.rows
     if fmt.block == "tensor":
         return source.rows // row.shape[0] if row.kind == "experts" else source.rows

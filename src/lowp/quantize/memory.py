@@ -1,0 +1,38 @@
+"""How much memory is in use now: what `max_ram` and `max_vram` are held against.
+
+On a CPU it is the process's resident set, as /proc has it; on a GPU what torch has allocated there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from ..errors import SpellingError
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def in_use(device: torch.device) -> int:
+    """Bytes in use on a device; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.is_file() else 0
+
+
+def bytes_of(given: int | float | str | None, name: str) -> int | None:
+    """A number of bytes, or a spelling such as "2GB" or "800M".
+
+    >>> bytes_of("1.5GB", "max_ram")
+    1500000000
+    """
+    if given is None or isinstance(given, (int, float)):
+        return None if given is None else int(given)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", given, re.IGNORECASE)
+    if match is None:
+        raise SpellingError(f"{name} wants a number of bytes or a spelling such as '2GB', got {given!r}.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
