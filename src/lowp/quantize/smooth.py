@@ -70,7 +70,7 @@ def give(module: nn.Module, factor_K: Tensor) -> Tensor:
     if weight.dim() > 1 or bias is not None:  # its numbers are rounded each by itself: powers of two round nothing
         factor_K = 2.0 ** factor_K.log2().round()
     spread = factor_K if weight.dim() == 1 else factor_K.unsqueeze(1)
-    before = weight.data.to(torch.float32)
+    before = weight.data.to(torch.float32, copy=True)
     weight.data.copy_(before * spread)
     if isinstance(bias, Tensor):
         bias.data.copy_(bias.data.to(torch.float32) * factor_K)
