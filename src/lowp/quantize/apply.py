@@ -202,7 +202,10 @@ def quantize_(
 class _InPlace:
     """The model itself as the place of its weights: blocks come to the device and stay there."""
 
-    blocks_done = 0
+    @property
+    def blocks_done(self) -> int:
+        """Nothing is kept of an earlier run."""
+        return 0
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.outcomes = device, {}  # type: ignore[var-annotated]

@@ -56,9 +56,9 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        """Of the statistics, and of rounding the largest layer: 3 copies of H in float64, 4 of the weight in float32."""
+        """Of the statistics, and of rounding the largest layer: 3 copies of H in float64, 7 of the weight in float32."""
         columns = self.shape[-1]
-        rounding = max(24 * columns**2 + 16 * columns * target.matrix_shape[-2] for target, _ in self.rows)
+        rounding = max(24 * columns**2 + 28 * columns * target.matrix_shape[-2] for target, _ in self.rows)
         return 4 * self.matrices * (columns**2 + 4 * columns) + rounding
 
 

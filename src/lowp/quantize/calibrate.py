@@ -89,7 +89,9 @@ class Outcome:
 class Place(Protocol):
     """Where the weights of a model come from and go to."""
 
-    blocks_done: int  # by an earlier run
+    @property
+    def blocks_done(self) -> int:
+        """By an earlier run."""
 
     def load(self, module: nn.Module) -> None:
         """Give a block, or at last the model, its weights on the device."""
