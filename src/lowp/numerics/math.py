@@ -44,7 +44,9 @@ from .parts import Parts
 _TINY = torch.finfo(torch.float32).tiny  # 2**-126, the smallest normal float32: no scale is below it, none is zero
 _HALF_MAX = torch.finfo(torch.float16).max  # 65504
 _PIECE = 1 << 17  # numbers that are worked on at a time on a CPU: 512 KB of float32, what a core's cache holds
-_SHRINK = tuple(1.0 - 0.0125 * i for i in range(49))  # the mse rule tries ranges from 100 % down to 40 %
+_SHRINK = tuple(
+    1.0 - 0.0125 * i for i in range(49)
+)  # the mse rule tries ranges from 100 % down to 40 %; weighed: half of them
 ZERO_POINT_DTYPES = {
     "int8": torch.int8,
     "uint8": torch.uint8,
@@ -488,7 +490,7 @@ def _mse(blocks: Tensor, fmt: Format, second: _Second | None, importance: Tensor
 def _mse_of_rows(blocks: Tensor, fmt: Format, second: _Second | None, importance: Tensor | None) -> Choice:
     # The rules searched look at the smallest and largest value alone, so these two stand for the block.
     extremes = torch.stack((blocks.amin(dim=(-3, -1)), blocks.amax(dim=(-3, -1))), dim=-1).unsqueeze(1)
-    shrinks = (1.0, 0.5) if fmt.scale == "e8m0" else _SHRINK
+    shrinks = (1.0, 0.5) if fmt.scale == "e8m0" else _SHRINK if importance is None else _SHRINK[::2]
     errors = torch.zeros(len(shrinks), blocks.shape[0], blocks.shape[2], device=blocks.device)
     for error, shrink in zip(errors, shrinks, strict=True):
         scale, low = _base(fmt).choose(extremes * shrink, fmt)
