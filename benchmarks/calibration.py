@@ -4,6 +4,7 @@
     PYTHONPATH=src python benchmarks/calibration.py quality --text calibration.txt        perplexity by format and method
     PYTHONPATH=src python benchmarks/calibration.py quality --text self                   ... on text that the model itself makes
     PYTHONPATH=src python benchmarks/calibration.py speed --device cuda --shape llama3-8b minutes for 128 x 2048 tokens
+    PYTHONPATH=src python benchmarks/calibration.py memory --max-ram 600M                 a checkpoint that does not fit
 
 Quality. The model is examples/small_lm, measured on its heldout.txt, which no calibration text touches: `text` takes documents
 of a few of the packages that the model was trained on, those that `train_small_lm.py` put on the training side by their
@@ -13,7 +14,12 @@ model's (baseline), the ratio, and `recovered`: the share of plain rounding's in
 1 - (ppl - float) / (ppl_absmax - float).
 
 Speed. A model of Llama's shape with random weights and random tokens, calibrated block by block on the device. Random weights
-make nothing easier: GPTQ does the same work whatever the numbers. Rows are appended to results/calibration.csv.
+make nothing easier: GPTQ does the same work whatever the numbers.
+
+Memory. `lowp quantize --method gptq --data ... --max-ram` in a process of its own, on a Llama-shaped checkpoint with random weights
+that is several times as large as the memory it may have; the row holds the largest resident set that the kernel has seen.
+
+Rows are appended to results/calibration.csv.
 """
 
 from __future__ import annotations

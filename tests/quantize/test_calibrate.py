@@ -19,9 +19,7 @@ from lowp.quantize.blocks import chain_of
 from lowp.quantize.calibrate import How
 from lowp.quantize.calibrate_files import calibrate_files
 from lowp.quantize.checkpoint import load_state
-from lowp.quantize.edit import edit_
-from lowp.quantize.match import planned
-from lowp.quantize.method import Edits, method_of
+from lowp.quantize.method import method_of
 from lowp.quantize.shards import read_directory
 from lowp.quantize.stream import work_directory
 
@@ -50,17 +48,8 @@ def convert(floats, out, method="gptq", rules=RULES, data=None, **how):
     """From files to files, as the command line does it."""
     model = empty_model(floats)
     found, tied, _ = sources(model, read_directory(floats))
-    chosen = method_of(method)
-    edits = chosen.edit(model) if chosen.edit else Edits(by_name={})
-    if edits.unties:
-        edit_(model, Edits(by_name={}, unties=edits.unties))
-        found |= {name: found[tied[name]] for name in edits.unties}
-        tied = {name: other for name, other in tied.items() if name not in edits.unties}
-    rows = list(planned(model, rules, method=chosen, device=CPU, on_misfit="error"))
-    return calibrate_files(
-        model, found, rows, out, batches=data or batches(), tied=tied, edits=edits, config_from=floats,
-        how=How(method=chosen, device=CPU, home=CPU, **how),
-    )  # fmt: skip
+    how = How(method=method_of(method), device=CPU, home=CPU, **how)
+    return calibrate_files(model, found, rules, out, batches=data or batches(), tied=tied, config_from=floats, how=how)
 
 
 def files_of(folder):

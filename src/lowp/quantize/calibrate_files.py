@@ -33,36 +33,36 @@ from .apply import Report, ReportRow
 from .blocks import Batch
 from .calibrate import How, Outcome, Planned, calibrate
 from .checkpoint import Meaning, check_target, copy_configuration, publish, seal
-from .edit import Edits, edited
+from .edit import edit_, edited
 from .journal import JOURNAL, Journal
-from .match import PlanRow
+from .match import PlanRow, Rules, planned
+from .method import Edits
 from .shards import Shard
 from .stream import Source
 
 _SLAB = 1 << 24  # bytes of a tensor that is copied as it is, at once
-_NO_EDITS = Edits(by_name={})
 
 
 def calibrate_files(
     model: nn.Module,
     sources: Mapping[str, Source],
-    rows: Sequence[Planned],
+    rules: Rules,
     directory: str | os.PathLike[str],
     *,
     batches: Sequence[Batch],
     how: How,
     tied: Mapping[str, str],
-    edits: Edits = _NO_EDITS,
+    on_misfit: str = "error",
     config_from: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Report:
     """Calibrate from files to files.
 
     Args:
-        model: on the meta device, in eval mode; edits' `unties` done. sources: every tensor of its state, tied ones once.
-        rows: the plan of every target, also of those that stay. directory: the new checkpoint; it must not exist.
+        model: on the meta device, in eval mode. sources: every tensor of its state, tied ones once.
+        rules, on_misfit: as `quantize_` takes them. directory: the new checkpoint; it must not exist.
         batches: what the model is run on. how: see `calibrate`. tied: further name -> name.
-        edits: changes that tensors get when they are read. config_from: directory to copy configuration and tokenizer from.
+        config_from: directory to copy configuration and tokenizer from.
         overwrite: replace a checkpoint of ours that is there, and unfinished work of another kind.
 
     Returns:
@@ -72,6 +72,12 @@ def calibrate_files(
         CheckpointError, MisfitError, QuantizedError: damaged input, the directory exists, non-finite numbers, too little memory.
     """
     target = check_target(directory, overwrite)
+    edits = how.method.edit(model) if how.method.edit else Edits(by_name={})
+    if edits.unties:
+        edit_(model, Edits(by_name={}, unties=edits.unties))
+        sources = {**sources, **{name: sources[tied[name]] for name in edits.unties}}
+        tied = {name: other for name, other in tied.items() if name not in edits.unties}
+    rows = list(planned(model, rules, method=how.method, device=how.device, on_misfit=on_misfit))
     work = target.with_name(f".{target.name}.partial")
     job = _job(sources, rows, batches, how, edits)
     with Journal.open(work, job, lambda folder: None, overwrite) as journal:
