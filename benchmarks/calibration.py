@@ -4,7 +4,7 @@
     PYTHONPATH=src python benchmarks/calibration.py quality --text calibration.txt        perplexity by format and method
     PYTHONPATH=src python benchmarks/calibration.py quality --text self                   ... on text that the model itself makes
     PYTHONPATH=src python benchmarks/calibration.py speed --device cuda --shape llama3-8b minutes for 128 x 2048 tokens
-    PYTHONPATH=src python benchmarks/calibration.py memory --max-ram 600M                 a checkpoint that does not fit
+    PYTHONPATH=src python benchmarks/calibration.py memory --max-ram 800M                 a checkpoint that does not fit
 
 Quality. The model is examples/small_lm, measured on its heldout.txt, which no calibration text touches: `text` takes documents
 of a few of the packages that the model was trained on, those that `train_small_lm.py` put on the training side by their
@@ -16,8 +16,8 @@ model's (baseline), the ratio, and `recovered`: the share of plain rounding's in
 Speed. A model of Llama's shape with random weights and random tokens, calibrated block by block on the device. Random weights
 make nothing easier: GPTQ does the same work whatever the numbers.
 
-Memory. `lowp quantize --method gptq --data ... --max-ram` in a process of its own, on a Llama-shaped checkpoint with random weights
-that is several times as large as the memory it may have; the row holds the largest resident set that the kernel has seen.
+Memory. `lowp quantize --method gptq --data ... --max-ram` in a process of its own, on a Llama-shaped checkpoint with random
+weights that is several times as large as the memory it may have; the row holds the largest resident set that the kernel has seen.
 
 Rows are appended to results/calibration.csv.
 """
@@ -28,7 +28,9 @@ import argparse
 import copy
 import csv
 import datetime
+import json
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -58,6 +60,7 @@ SCHEMES = (
     "e2m1/1x16*e4m3/tensor",
 )
 METHODS = ("absmax", "hqq", "awq", "gptq", "rotate", "rotate+gptq")
+WITHOUT_DATA = ("absmax", "hqq", "mse", "rotate")
 PACKAGES = (
     "sqlite3-doc", "cmake-doc", "nodejs-doc", "sphinx-doc", "python-flask-doc", "python-pytest-doc", "python-tornado-doc",
     "python-werkzeug-doc",
@@ -115,23 +118,25 @@ def quality(options: argparse.Namespace) -> None:
     batches = batches_of(options, original, tokenizer)
     source = "self" if options.text == "self" else "Debian documentation"
     for scheme in options.schemes.split(","):
-        rounded = None
+        models, seconds = {}, {}
         for method in options.methods.split(","):
-            model, start = copy.deepcopy(original), time.perf_counter()
-            data = {} if method in ("absmax", "hqq", "mse", "rotate") else {"data": batches}
-            lowp.quantize_(model, {"lm_head": None, "*": scheme}, method=method, **data)
-            seconds = time.perf_counter() - start
-            lowp.dequantize_(model)  # the same numbers, multiplied as bf16
-            got = measure(original, {method: model}, held_out)[method]
-            rounded = got if method == "absmax" else rounded
-            loss = got.perplexity - got.original_perplexity
-            recovered = "" if rounded is None else 1 - loss / (rounded.perplexity - rounded.original_perplexity)
+            start = time.perf_counter()
+            data = {} if method in WITHOUT_DATA else {"data": batches}
+            models[method] = copy.deepcopy(original)
+            lowp.quantize_(models[method], {"lm_head": None, "*": scheme}, method=method, **data)
+            seconds[method] = time.perf_counter() - start
+            lowp.dequantize_(models[method])  # the same numbers, multiplied as bf16
+        found = measure(original, models, held_out)
+        rounded = found["absmax"].perplexity - found["absmax"].original_perplexity if "absmax" in found else 0.0
+        for method, got in found.items():
+            recovered = 1 - (got.perplexity - got.original_perplexity) / rounded if rounded else None
+            data = method not in WITHOUT_DATA
             row = dict(
                 what=f"perplexity of small_lm, {got.tokens} held-out tokens", value=f"{got.perplexity:.4f}", unit="1",
                 baseline=f"{got.original_perplexity:.4f}", ratio=f"{got.ratio:.5f}",
-                recovered=f"{recovered:.3f}" if rounded else "", kl=f"{got.kl:.5f}", scheme=scheme, method=method,
+                recovered="" if recovered is None else f"{recovered:.3f}", kl=f"{got.kl:.5f}", scheme=scheme, method=method,
                 calibration=source if data else "", tokens=options.sequences * options.length if data else 0,
-                seconds=f"{seconds:.1f}",
+                seconds=f"{seconds[method]:.1f}",
             )  # fmt: skip
             record(row, "cpu", options.no_record)
 
@@ -185,6 +190,60 @@ def speed(options: argparse.Namespace) -> None:
         )
 
 
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(options: argparse.Namespace) -> None:
+    """The largest resident set of the command line on a checkpoint that is larger than its limit."""
+    import quantize_stream
+    from safetensors.torch import save_file
+
+    folder, hidden, intermediate, vocabulary = options.scratch, 768, 2048, 6144
+    model, out = folder / "model", folder / "out"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(MODEL, model, ignore=shutil.ignore_patterns("*.safetensors", "*.md", "*.csv", "training*"))
+    config = json.loads((MODEL / "config.json").read_text()) | dict(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=options.layers, num_attention_heads=12,
+        num_key_value_heads=4, head_dim=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    (model / "config.json").write_text(json.dumps(config))
+    names: dict[str, str] = {}
+
+    def write(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        save_file({k: torch.randn(v, dtype=torch.bfloat16) * 0.02 for k, v in shapes.items()}, model / file)
+        names.update(dict.fromkeys(shapes, file))
+
+    ends = {"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}
+    write("ends.safetensors", ends | {"model.norm.weight": (hidden,)})
+    quantize_stream.HIDDEN, quantize_stream.INTERMEDIATE, quantize_stream.KEY_VALUE = hidden, intermediate, 256
+    for index in range(options.layers):
+        write(f"layer-{index}.safetensors", quantize_stream.layer(index))
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    size = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    arguments = [
+        "--to",
+        options.scheme,
+        "--rule",
+        "lm_head=none",
+        "--method",
+        "gptq",
+        "--data",
+        str(MODEL / "heldout.txt"),
+    ]
+    arguments += ["--samples", str(options.sequences), "--length", str(options.length), "--max-ram", options.max_ram]
+    try:
+        seconds, _, peak = quantize_stream.run(model, out, None, arguments)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    row = dict(
+        what=f"lowp quantize --max-ram {options.max_ram}, {size / 1e9:.2f} GB in bf16 of {options.layers} layers: peak memory",
+        value=f"{peak / 1e9:.3f}", unit="GB", baseline=f"{size / 1e9:.3f}", ratio=f"{peak / size:.3f}", recovered="", kl="",
+        scheme=options.scheme, method="gptq", calibration="heldout.txt (random weights)",
+        tokens=options.sequences * options.length, seconds=f"{seconds:.1f}",
+    )  # fmt: skip
+    record(row, "cpu", options.no_record)
+
+
 def record(row: dict[str, object], device: object, unwanted: bool) -> None:
     """Print a row and append it to the results."""
     row = row | dict(
@@ -231,7 +290,15 @@ def main() -> None:
     timed.add_argument("--length", type=int, default=2048)
     timed.add_argument("--at-once", action="store_true", help="sequential=False: each block runs twice, not six times")
     timed.set_defaults(run=speed)
-    for one in (measured, timed):
+    large = kinds.add_parser("memory")
+    large.add_argument("--scratch", type=Path, default=Path("build/calibration"))
+    large.add_argument("--layers", type=int, default=150)
+    large.add_argument("--max-ram", default="800M")
+    large.add_argument("--scheme", default="e2m1/1x32*e8m0", help="two ranges to search, so that the time is GPTQ's")
+    large.add_argument("--sequences", type=int, default=8)
+    large.add_argument("--length", type=int, default=128)
+    large.set_defaults(run=memory)
+    for one in (measured, timed, large):
         one.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
     options.run(options)
