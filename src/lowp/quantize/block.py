@@ -95,7 +95,7 @@ class Block:
                 self._smooth(group)
         waiting: list[tuple[Group, list[Statistics]]] = []
         for group in groups:
-            self._check_memory(group)
+            self._check_memory(group)  # it also gives freed memory back
             waiting.append((group, self._collect([group])[0]))
             if self.how.sequential:
                 self._round(*waiting.pop())

@@ -8,8 +8,8 @@ A layer that watches keeps our `Statistics` (sums over tokens), where torchao ke
 "observe" and "convert" there. Layers are calibrated each by itself, in floats: for the block-by-block way see
 `lowp.quantize_(data=...)`.
 
-Unlike torchao's, GPTQ runs on every device, chooses a row's scale from the whole row (there from its first 256 columns), takes the
-most important columns first, and does not fail where the Hessian has no factorisation.
+Unlike torchao's, GPTQ runs on every device, chooses a row's scale from the whole row (there from its first 256 columns), takes
+the most important columns first, and does not fail where the Hessian has no factorisation.
 """
 
 from __future__ import annotations
