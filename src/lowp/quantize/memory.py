@@ -1,7 +1,7 @@
 """How much memory is in use now: what `max_ram` and `max_vram` are held against.
 
-On a CPU it is the process's resident set, as /proc has it; on a GPU what torch has allocated there. Memory that was freed but that
-C's allocator keeps for later counts as resident, so it is given back before it is counted.
+On a CPU it is the process's resident set, as /proc has it; on a GPU what torch has allocated there. Memory that was freed but is
+kept by C's allocator for later counts as resident, so it is given back before it is counted.
 """
 
 from __future__ import annotations
