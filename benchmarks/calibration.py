@@ -16,7 +16,7 @@ model's (baseline), the ratio, and `recovered`: the share of plain rounding's in
 Speed. A model of Llama's shape with random weights and random tokens, calibrated block by block on the device. Random weights
 make nothing easier: GPTQ does the same work whatever the numbers.
 
-Memory. `lowp quantize --method gptq --data ... --max-ram` in a process of its own, on a Llama-shaped checkpoint with random
+Memory. `lowp quantize --method ... --data ... --max-ram` in a process of its own, on a Llama-shaped checkpoint with random
 weights that is several times as large as the memory it may have; the row holds the largest resident set that the kernel has seen.
 
 Rows are appended to results/calibration.csv.
@@ -226,7 +226,7 @@ def memory(options: argparse.Namespace) -> None:
         "--rule",
         "lm_head=none",
         "--method",
-        "gptq",
+        options.method,
         "--data",
         str(MODEL / "heldout.txt"),
     ]
@@ -238,7 +238,7 @@ def memory(options: argparse.Namespace) -> None:
     row = dict(
         what=f"lowp quantize --max-ram {options.max_ram}, {size / 1e9:.2f} GB in bf16 of {options.layers} layers: peak memory",
         value=f"{peak / 1e9:.3f}", unit="GB", baseline=f"{size / 1e9:.3f}", ratio=f"{peak / size:.3f}", recovered="", kl="",
-        scheme=options.scheme, method="gptq", calibration="heldout.txt (random weights)",
+        scheme=options.scheme, method=options.method, calibration="heldout.txt (random weights)",
         tokens=options.sequences * options.length, seconds=f"{seconds:.1f}",
     )  # fmt: skip
     record(row, "cpu", options.no_record)
@@ -295,6 +295,7 @@ def main() -> None:
     large.add_argument("--layers", type=int, default=150)
     large.add_argument("--max-ram", default="800M")
     large.add_argument("--scheme", default="e2m1/1x32*e8m0", help="two ranges to search, so that the time is GPTQ's")
+    large.add_argument("--method", default="gptq")
     large.add_argument("--sequences", type=int, default=8)
     large.add_argument("--length", type=int, default=128)
     large.set_defaults(run=memory)
