@@ -89,6 +89,7 @@ def method(iterations: int = 200) -> Method:
         run=functools.partial(autoround, iterations=iterations),
         why_not=_why_not,
         wants_data=True,
+        options=f"iterations={iterations}",
     )
 
 

@@ -99,7 +99,7 @@ def inverse_factor(hessian_KK: Tensor, damp: float, order: Tensor | None = None)
         lower, failed = torch.linalg.cholesky_ex(reversed_KK + torch.diag(added))
         if not int(failed):
             break
-        damp *= 10
+        damp = max(10 * damp, 1e-6)
     identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
     inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
     return inverse.to(torch.float32)
@@ -158,6 +158,7 @@ def method(**options: object) -> Method:
         run=functools.partial(gptq, **options),  # type: ignore[arg-type]
         why_not=_why_not,
         wants_data=True,
+        options=repr(sorted(options.items())) if options else "",
     )
 
 

@@ -100,7 +100,7 @@ def rotations(model: nn.Module, seed: int = 0) -> Edits:
         edits[f"{head}.weight"] = Edit(reads=(f"{final}.weight",), change=_folded(_right(turn)))
     edits |= {norm: Edit(reads=(), change=torch.ones_like) for norm in norms}
     tied = bool(head) and _parameter(model, f"{head}.weight") is _parameter(model, f"{embedding}.weight")
-    return Edits(by_name=edits, unties=(f"{head}.weight",) if tied else ())
+    return Edits(by_name=edits, unties=(f"{head}.weight",) if tied else (), seed=seed)
 
 
 def _turn_values(model: nn.Module, layer: str, edits: dict[str, Edit], seed: int) -> None:

@@ -63,6 +63,7 @@ def method(alpha: float = 0.5) -> Method:
         why_not=lambda fmt: "",
         wants_data=True,
         smooth=functools.partial(smooth_factor, alpha=alpha),
+        options=f"alpha={alpha}",
     )
 
 

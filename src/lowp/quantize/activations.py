@@ -24,8 +24,12 @@ class Activations:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._kept: list[Tensor] = []
+        self._kept: tuple[dict[int, Tensor], dict[int, Tensor]] = (
+            {},
+            {},
+        )  # what is read and what is written take turns
         self._shapes: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._next: dict[int, tuple[tuple[int, ...], torch.dtype]] = {}
         self._current = 0
 
     def __len__(self) -> int:
@@ -35,25 +39,25 @@ class Activations:
         """Add the next batch's, before the first block."""
         self._shapes.append((tuple(hidden.shape), hidden.dtype))
         if self.folder is None:
-            self._kept.append(hidden.detach().cpu())
+            self._kept[self._current][len(self) - 1] = hidden.detach().to("cpu", copy=True)
         else:
             with open(self._path(self._current), "wb" if len(self) == 1 else "ab") as file:
                 file.write(files.as_bytes(hidden))
 
     def read(self, index: int, device: torch.device | str) -> Tensor:
-        """What goes into the block."""
+        """What goes into the block, in memory of its own: a block may work in place."""
         if self.folder is None:
-            return self._kept[index].to(device)
+            return self._kept[self._current][index].to(device, copy=True)
         shape, dtype = self._shapes[index]
         data = files.read_bytes(self._path(self._current), self._offset(index), self._bytes(index))
         return data.view(dtype).view(shape).to(device)
 
     def write(self, index: int, hidden: Tensor) -> None:
         """What comes out of the block; in the order of the batches. The block goes on reading its own input."""
+        self._next[index] = (tuple(hidden.shape), hidden.dtype)
         if self.folder is None:
-            self._kept[index] = hidden.detach().cpu()
+            self._kept[1 - self._current][index] = hidden.detach().to("cpu", copy=True)
             return
-        assert hidden.dtype == self._shapes[index][1] and tuple(hidden.shape) == self._shapes[index][0]
         with open(self._path(1 - self._current), "wb" if index == 0 else "ab") as file:
             file.write(files.as_bytes(hidden))
 
@@ -61,7 +65,9 @@ class Activations:
         """What was written is read from now on."""
         if self.folder is not None:
             files.sync(self._path(1 - self._current))
-            self._current = 1 - self._current
+        self._kept[self._current].clear()
+        self._shapes = [self._next.get(index, shape) for index, shape in enumerate(self._shapes)]
+        self._current, self._next = 1 - self._current, {}
 
     def resume(self, blocks: int) -> None:
         """Go on behind so many blocks, from the files of an earlier run."""

@@ -168,35 +168,41 @@ def quantize_(
     True
     """
     device = None if device is None else device_of(device)
-    chosen = method_of(method)
-    if chosen.wants_data and data is None:
-        raise SpellingError(f"method {chosen.name!r} wants data, got none: pass data=, batches to run the model on.")
-    if data is None and static is not None:
-        raise SpellingError(
-            "static= wants data to choose scales from, got none: pass data=, batches to run the model on."
-        )
-    if chosen.edit is not None:
-        edit_(model, chosen.edit(model))
+    chosen, batches = method_of(method), _batches(data)
+    if batches is None and (chosen.wants_data or static is not None):
+        what = f"method {chosen.name!r}" if chosen.wants_data else "static="
+        raise SpellingError(f"{what} wants data, got none: pass data=, batches to run the model on.")
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    on = home if device is None else torch.device(device)
+    ram, vram = bytes_of(max_ram, "max_ram"), bytes_of(max_vram, "max_vram")
+    how = How(
+        method=chosen, device=on, home=home, static=static, propagate=propagate, sequential=sequential,
+        limit=ram if on.type == "cpu" else vram, reduce=distributed, progress=progress,
+    )  # fmt: skip
+    how.check()
     rows = list(planned(model, rules, method=method, device=device, on_misfit=on_misfit))
     if strict:
         _refuse_fallbacks([row for _, row in rows])
     for target, row in rows:
         if row.scheme is not None and target.weight.device.type != "meta" and not chosen.takes_any:
             check_finite(target.weight, target.fqn)
+    if chosen.edit is not None:  # nothing was changed before this line
+        edit_(model, chosen.edit(model))
+        rows = list(planned(model, rules, method=method, device=device, on_misfit=on_misfit))
     outcomes: dict[str, Outcome] = {}
-    if data is not None:
-        home = next((p.device for p in model.parameters()), torch.device("cpu"))
-        on = home if device is None else torch.device(device)
-        ram, vram = bytes_of(max_ram, "max_ram"), bytes_of(max_vram, "max_vram")
-        how = How(
-            method=chosen, device=on, home=home, static=static, propagate=propagate, sequential=sequential,
-            limit=ram if on.type == "cpu" else vram, reduce=distributed, progress=progress,
-        )  # fmt: skip
-        outcomes = _calibrated(model, [one for one in rows if one[1].scheme is not None], list(data), how, ram)
+    if batches is not None:
+        outcomes = _calibrated(model, [one for one in rows if one[1].scheme is not None], batches, how, ram)
     done = [_carry_out(model, target, row, method, device, outcomes.get(target.fqn)) for target, row in rows]
     if device is not None:
         model.to(device)
     return Report(rows=tuple(done))
+
+
+def _batches(data: Iterable[Batch] | None) -> list[Batch] | None:
+    """The data as a list; what is one batch and not several is an error."""
+    if isinstance(data, (Tensor, str, Mapping)):
+        raise SpellingError(f"data wants a list of batches, got one {type(data).__name__}: write data=[batch].")
+    return None if data is None else list(data)
 
 
 class _InPlace:
@@ -223,14 +229,15 @@ def _calibrated(
     model: nn.Module, rows: list[tuple[Target, PlanRow]], batches: list[Batch], how: How, max_ram: int | None
 ) -> dict[str, Outcome]:
     """What calibration makes of the weights; where that fails, the model has been changed up to the block that failed."""
-    training, place = model.training, _InPlace(how.device)
+    training, place = {module: module.training for module in model.modules()}, _InPlace(how.device)
     model.eval()
     with tempfile.TemporaryDirectory(prefix="lowp-calibrate-") as folder:
         hidden = Activations(Path(folder) if max_ram is not None else None)
         try:
             calibrate(model, rows, batches, place, hidden, how)
         finally:
-            model.train(training)
+            for module, mode in training.items():
+                module.training = mode
     return place.outcomes
 
 

@@ -21,12 +21,15 @@ from ..numerics import Scheme
 from ..numerics.compare import relative_error
 from ..tensor import QTensor
 from .activations import Activations
-from .calibrate import How, Outcome, Planned
+from .blocks import every_tensor, first_tensor
+from .calibrate import How, Outcome, Planned, agreed
 from .memory import in_use
 from .smooth import find_taker, give
 from .statistics import Statistics, static_scale
 from .watch import Watch
 from .weight import check_finite, quantize_weight
+
+_UNSEEN = "no token reached it, or not by a product that calibration sees, so by absmax"
 
 
 @dataclass
@@ -36,13 +39,14 @@ class Group:
     Args:
         rows: them, with their plan. before: modules that ran before them in the block, the latest first.
         factor_K: what the input is multiplied by at run time, where no operation before it took the factor over.
-        note: for the report.
+        note: for the report. batch: the first that reaches them.
     """
 
     rows: list[Planned]
     before: list[nn.Module] = field(default_factory=list)
     factor_K: Tensor | None = None
     note: str = ""
+    batch: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,14 +70,14 @@ class Block:
     """One block, while it is worked on.
 
     Args:
-        module: it, with its weights on the device. rows: its layers that get a scheme. run: the block's answer on a batch.
+        module: it, with its weights on the device. rows: its layers that get a scheme. run: what it answers on a batch.
         count: of batches. how: to calibrate.
     """
 
     def __init__(
-        self, module: nn.Module, rows: Sequence[Planned], run: Callable[[int], Tensor], count: int, how: How
+        self, module: nn.Module, rows: Sequence[Planned], run: Callable[[int], Any], count: int, how: How
     ) -> None:
-        self.module, self.run, self.count, self.how = module, run, count, how
+        self.module, self.run, self.count, self.how = module, torch.no_grad()(run), count, how
         self.rows = [(dataclasses.replace(target, weight=_weight_of(target)), row) for target, row in rows]
         self.exact: dict[str, Tensor] = {}  # float32 weights that smoothing has changed, before any rounding
         self.outcomes: dict[str, Outcome] = {}
@@ -93,17 +97,13 @@ class Block:
         if self.how.method.smooth is not None:
             for group in groups:
                 self._smooth(group)
-        waiting: list[tuple[Group, list[Statistics]]] = []
-        for group in groups:
-            self._check_memory(group)  # it also gives freed memory back
-            waiting.append((group, self._collect([group])[0]))
-            if self.how.sequential:
-                self._round(*waiting.pop())
-        for group, statistics in waiting:
-            self._round(group, statistics)
+        for together in [[group] for group in groups] if self.how.sequential else [groups]:
+            self._check_memory(together)  # it also gives freed memory back
+            for group, statistics in zip(together, self._collect(together), strict=True):
+                self._round(group, statistics)
         for target, row in self.rows:
             if target.fqn not in self.outcomes:
-                self._round(Group(rows=[(target, row)], note="no token of the data reached it, so by absmax"), [])
+                self._round(Group(rows=[(target, row)], note=_UNSEEN), [])
         if hidden is not None and self.how.propagate != "float":
             self._pass_on(hidden)
         if hidden is not None:
@@ -112,7 +112,7 @@ class Block:
 
     def _pass_on(self, hidden: Activations) -> None:
         for batch in range(self.count):
-            hidden.write(batch, self.run(batch))
+            hidden.write(batch, first_tensor(self.run(batch)))
 
     # -- who shares an input ------------------------------------------------------------------------------------------
 
@@ -125,13 +125,13 @@ class Block:
         seen: set[str] = set()
 
         def see(name: str, index: int, x: Tensor) -> None:
-            if name in seen:
+            if name in seen or not x.numel():
                 return
             kept.append(x)
             seen.add(name)
             stack = len(by_name[name][0].matrix_shape) == 3
             group = found.setdefault((name,) if stack else (x.data_ptr(), x.shape, x.stride()), Group(rows=[]))
-            group.before = group.before or ran[::-1]
+            group.before, group.batch = group.before or ran[::-1], group.batch if group.rows else batch
             group.rows.append(by_name[name])
 
         def note(module: nn.Module, args: Any, answer: Any) -> None:
@@ -141,24 +141,40 @@ class Block:
         handles = [module.register_forward_hook(note) for module in leaves]
         try:
             for batch in range(self.count):
+                ran.clear()
                 if len(seen) < len(by_name):
                     with Watch([target for target, _ in self.rows], see):
                         self.run(batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return list(found.values())
+        return self._merged(list(found.values())) if self.how.reduce else list(found.values())
+
+    def _merged(self, own: list[Group]) -> list[Group]:
+        """The groups that ranks agree on: each layer in that of the first rank whose data reached it, in the model's order."""
+        said = agreed([[target.fqn for target, _ in group.rows] for group in own], self.how)
+        by_name = {target.fqn: (target, row) for target, row in self.rows}
+        mine = {target.fqn: group for group in own for target, _ in group.rows}
+        merged, taken = [], set()
+        for names in (names for rank in said for names in rank):
+            left = [name for name in names if name not in taken]
+            if left:
+                taken |= set(left)
+                known = mine.get(left[0], Group(rows=[], batch=-1))
+                merged.append(dataclasses.replace(known, rows=[by_name[name] for name in left]))
+        place = {name: index for index, name in enumerate(by_name)}
+        return sorted(merged, key=lambda group: place[group.rows[0][0].fqn])
 
     # -- statistics ---------------------------------------------------------------------------------------------------
 
-    def _check_memory(self, group: Group) -> None:
+    def _check_memory(self, groups: Sequence[Group]) -> None:
         limit = self.how.limit
-        if limit is None:
+        if limit is None or not groups:
             return
-        used = in_use(self.how.device)
-        if used + group.nbytes > limit:
+        used, wanted = in_use(self.how.device), sum(group.nbytes for group in groups)
+        if used + wanted > limit:
             raise MisfitError(
-                f"{group.rows[0][0].fqn} {group.shape} wants {group.nbytes / 1e9:.2f} GB to be calibrated beside "
+                f"{groups[0].rows[0][0].fqn} {groups[0].shape} wants {wanted / 1e9:.2f} GB to be calibrated beside "
                 f"{used / 1e9:.2f} GB in use, got a limit of {limit / 1e9:.2f} GB: raise max_ram or max_vram, "
                 "or use smaller batches."
             )
@@ -203,24 +219,35 @@ class Block:
         if factor_K is None:
             return
         targets = [target for target, _ in group.rows]
-        taker = find_taker(targets, group.before, lambda: self.run(0))
+        taker = self._taker(group)
         if taker is None:
             factor_K = factor_K.to(targets[0].weight.dtype).to(torch.float32)  # as the product at run time reads it
             group.factor_K, group.note = factor_K, "factor kept as act_pre_scale"
         else:
+            takes = {target.fqn: self._exact(target).clone() for target, _ in self.rows if target.module is taker}
             factor_K = give(taker, factor_K)
             group.note = f"factor folded into {self._name_of(taker)}"
-            self._follow(taker, factor_K)
+            for name, exact in takes.items():  # a layer that is rounded itself: its exact weight takes the factor too
+                self.exact[name] = exact * factor_K.unsqueeze(1)
         for target in targets:
             self.exact[target.fqn] = self._exact(target) / factor_K
             if taker is not None:
                 target.weight.data.copy_(self.exact[target.fqn])
 
-    def _follow(self, taker: nn.Module, factor_K: Tensor) -> None:
-        """Where the operation that took a factor is itself a layer to be rounded, its exact weight takes it too."""
-        for target, _ in self.rows:
-            if target.module is taker and target.fqn in self.exact:
-                self.exact[target.fqn] = self.exact[target.fqn] * factor_K.unsqueeze(1)
+    def _taker(self, group: Group) -> nn.Module | None:
+        """The operation that can take the group's factor over; ranks that work together must find the same."""
+        targets = [target for target, _ in group.rows]
+        seen: list[Tensor] = []
+
+        def run() -> tuple[Tensor, list[Tensor]]:
+            seen.clear()
+            with Watch(targets[:1], lambda name, index, x: seen.append(x.clone())):
+                answers = every_tensor(self.run(group.batch))
+            return seen[0], [answer.clone() for answer in answers]
+
+        found = find_taker(targets, group.before, run) if group.batch >= 0 else None
+        names = agreed(None if found is None else self._name_of(found), self.how)
+        return found if len(set(names)) == 1 else None
 
     def _name_of(self, module: nn.Module) -> str:
         return next(name for name, found in self.module.named_modules() if found is module)
@@ -234,7 +261,7 @@ class Block:
         for target, row in group.rows:
             weight, note = self._exact(target), group.note
             seen = statistics if sum(one.tokens for one in statistics) else []
-            note = note or ("" if seen else "no token of the data reached it, so by absmax")
+            note = note or ("" if seen else _UNSEEN)
             note = "; ".join(filter(None, (note, _coverage(seen))))
             chosen = self.how.method if seen or not self.how.method.wants_data else "absmax"
             quantized, rounded = (

@@ -144,7 +144,7 @@ def _try(
         pass
     if not caught:
         return None
-    hidden, call = caught[0][0].to(device), caught[0][1].to(device)
+    hidden, call = mapped(caught[0][0], device), caught[0][1].to(device)
     ready(first)
     with torch.no_grad():
         answer = call.answer(first, hidden)
@@ -168,18 +168,32 @@ def _runs_in_order(chain: Chain, batch: Batch) -> bool:
     try:
         with chain._stubs(note):
             run_model(chain.model, batch)
-    except MisfitError:
+    except Exception:  # whatever a foreign model raises among stubs, it says that its blocks are no chain
         return False
     return [index for index, _ in seen] == list(range(len(chain.names))) and len({at for _, at in seen}) == 1
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """Run a model on a batch: token ids (B, T), a mapping of keyword arguments, or a tuple of arguments."""
-    extra = {"use_cache": False} if hasattr(model, "config") and hasattr(model.config, "use_cache") else {}
-    with torch.no_grad():
+    with torch.no_grad(), _without_cache(model):
         if isinstance(batch, Mapping):
-            return model(**{**extra, **batch})
-        return model(*batch, **extra) if isinstance(batch, tuple) else model(batch, **extra)
+            return model(**batch)
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """No module keeps keys and values from one run to the next, wherever in the model its configuration hangs."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    found = {id(config): config for config in configs if hasattr(config, "use_cache")}
+    before = [(config, config.use_cache) for config in found.values()]
+    for config in found.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, value in before:
+            config.use_cache = value
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
@@ -191,6 +205,14 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]
     return hidden, Call(args=args if named else args[1:], kwargs=rest, named=named)
 
 
+def every_tensor(answer: Any) -> list[Tensor]:
+    """All tensors of what a module answers."""
+    if isinstance(answer, Tensor):
+        return [answer]
+    inside = answer.values() if isinstance(answer, Mapping) else answer if isinstance(answer, (tuple, list)) else ()
+    return [tensor for one in inside for tensor in every_tensor(one)]
+
+
 def first_tensor(answer: Any) -> Tensor:
     """The first tensor of what a module answers: a tensor, a tuple, or a mapping that can be indexed (a ModelOutput)."""
     while not isinstance(answer, Tensor):
@@ -199,8 +221,8 @@ def first_tensor(answer: Any) -> Tensor:
 
 
 def mapped(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on a device."""
-    return _each(value, lambda tensor: tensor.to(device))
+    """The same with its tensors on a device, in memory of their own: a block may work in place."""
+    return _each(value, lambda tensor: tensor.to(device, copy=True))
 
 
 def _each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

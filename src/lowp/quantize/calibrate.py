@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import MisfitError, SpellingError
 from ..tensor import QTensor
 from .activations import Activations
-from .blocks import Batch, Call, Chain, chain_of, first_tensor, mapped, run_model
+from .blocks import Batch, Call, Chain, chain_of, mapped, run_model
 from .match import PlanRow, Target
 from .method import Method
 from .statistics import STATIC
@@ -116,7 +116,7 @@ def calibrate(
     from .block import Block
 
     how.check()
-    if not batches:
+    if not all(agreed(len(batches), how)):
         raise MisfitError(f"method {how.method.name!r} wants data, got none: pass data=, batches to run the model on.")
     at_home = [mapped(batch, how.home) for batch in batches]
     chain = chain_of(model, at_home[0], how.device, ready=place.load)
@@ -130,21 +130,31 @@ def calibrate(
         how.progress(name, index, total)
         place.load(block)
 
-        def run(batch: int, index: int = index, block: nn.Module = block) -> Tensor:
-            return calls[batch][index].to(how.device).run(block, hidden.read(batch, how.device))
+        def run(batch: int, index: int = index, block: nn.Module = block) -> Any:
+            return calls[batch][index].to(how.device).answer(block, hidden.read(batch, how.device))
 
         work = Block(block, inside, run, len(batches), how)
         place.finished(name, block, work.quantize(hidden), hidden)
     how.progress("the rest", len(chain.names), total)
     place.load(model)
 
-    def rest(batch: int) -> Tensor:
+    def rest(batch: int) -> Any:
         given = mapped(batches[batch], how.device)
-        answer = chain.finish(given, hidden.read(batch, how.device)) if chain.names else run_model(model, given)
-        return first_tensor(answer)
+        return chain.finish(given, hidden.read(batch, how.device)) if chain.names else run_model(model, given)
 
     place.finished("", model, Block(model, left, rest, len(batches), how).quantize(None), hidden)
     how.progress("", total, total)
+
+
+def agreed(mine: Any, how: How) -> list[Any]:
+    """What every rank says, by rank; this process alone where ranks do not work together."""
+    if not how.reduce:
+        return [mine]
+    import torch.distributed as dist
+
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return said
 
 
 def _calls(chain: Chain, batches: Sequence[Batch], hidden: Activations) -> list[list[Call]]:

@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +79,12 @@ def calibrate_files(
         tied = {name: other for name, other in tied.items() if name not in edits.unties}
     rows = list(planned(model, rules, method=how.method, device=how.device, on_misfit=on_misfit))
     work = target.with_name(f".{target.name}.partial")
-    job = _job(sources, rows, batches, how, edits)
+    job = _job(sources, rows, batches, how, edits, config_from)
     with Journal.open(work, job, lambda folder: None, overwrite) as journal:
         place = _Files(model, sources, rows, tied, edits, how, work, journal)
         hidden = Activations(work)
         if place.blocks_done:
-            shapes = journal.done["0"]["hidden"]
+            shapes = journal.done[str(place.blocks_done - 1)]["hidden"]
             hidden.remember([(tuple(shape), files.DTYPES[dtype]) for shape, dtype in shapes])
             hidden.resume(place.blocks_done)
         if not place.complete:
@@ -148,6 +148,7 @@ class _Files:
         self.journal, self.tied, self.rows = journal, tied, {row.fqn: row for _, row in rows}
         self.written: set[str] = {name for entry in journal.done.values() for name in entry["tensors"]}
         self.on_demand: list[nn.Module] = []
+        self.loaded: nn.Module | None = None
 
     @contextmanager
     def on_call(self) -> Iterator[None]:
@@ -171,7 +172,11 @@ class _Files:
 
     def load(self, module: nn.Module) -> None:
         """Read what a block holds; at last, for the model, what the plan names outside of the blocks."""
-        self._let_go()
+        if self.loaded is not module:
+            self._let_go()
+            if self.loaded is not None:
+                self._empty(self.loaded)
+        self.loaded = None if module is self.model else module
         if module is not self.model:
             self._fill(module)
             return
@@ -220,14 +225,23 @@ class _Files:
                 if parameter is None or parameter.device.type != "meta":
                     continue
                 name = f"{below}.{own}" if below else own
-                tensor = self._edited(self.tied.get(name, name)).to(self.how.device)
-                child._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+                self._read(self.tied.get(name, name))
             for own, buffer in list(child._buffers.items()):
                 name = f"{below}.{own}" if below else own
                 if buffer is not None and buffer.device.type == "meta" and name in self.sources:
                     child._buffers[own] = self.read(name).to(self.how.device)
                 elif buffer is not None and buffer.device != self.how.device and buffer.device.type != "meta":
                     child._buffers[own] = buffer.to(self.how.device)
+
+    def _read(self, name: str) -> None:
+        """Read a tensor and put it under all of its names: where it is tied, what watches one must see the other."""
+        parameter = nn.Parameter(self._edited(name).to(self.how.device), requires_grad=False)
+        for other in (name, *(tied for tied, first in self.tied.items() if first == name)):
+            module_name, _, own = other.rpartition(".")
+            module = self.model.get_submodule(module_name)
+            module._parameters[own] = parameter
+            if other != name:
+                self.on_demand.append(module)
 
     def _wanted(self, module: nn.Module, args: Any) -> None:
         """A module outside of the blocks is called: read what it holds."""
@@ -329,32 +343,40 @@ def _row_from(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _job(
-    sources: Mapping[str, Source], rows: Sequence[Planned], batches: Sequence[Batch], how: How, edits: Edits
+    sources: Mapping[str, Source],
+    rows: Sequence[Planned],
+    batches: Sequence[Batch],
+    how: How,
+    edits: Edits,
+    config_from: str | os.PathLike[str] | None,
 ) -> str:
-    """A fingerprint of all that decides the result: input files, plan, options and data."""
+    """A fingerprint of all that decides the result: input files, configuration, plan, options and data."""
     stats = {str(piece.path): os.stat(piece.path) for source in sources.values() for piece in source.pieces}
-    digest = hashlib.sha256()
-    for tensor in _tensors(batches):
-        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
-        digest.update(files.as_bytes(tensor))
+    config = Path(config_from or "") / "config.json"
     value = [
-        (how.method.name, how.device.type, how.static, how.propagate, how.sequential),
+        (how.method.name, how.method.options, how.device.type, how.static, how.propagate, how.sequential),
         {path: (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()},
+        files.sha256(config) if config_from is not None and config.is_file() else "",
         [(row.fqn, row.scheme) for _, row in rows],
-        sorted(edits.by_name),
-        digest.hexdigest(),
+        (sorted(edits.by_name), edits.unties, edits.seed),
+        _digest(list(batches)),
+        torch.__version__,
     ]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _tensors(value: Any) -> Iterable[Tensor]:
+def _digest(value: Any) -> str:
+    """A fingerprint of calibration data: its structure, and every number in it."""
+    digest = hashlib.sha256()
     if isinstance(value, Tensor):
-        yield value
+        digest.update(repr((tuple(value.shape), value.dtype)).encode())
+        digest.update(files.as_bytes(value))
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _tensors(one)
+        digest.update(repr([(key, _digest(one)) for key, one in value.items()]).encode())
     elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors(one)
-    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        digest.update(repr([_digest(one) for one in value]).encode())
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        digest.update(repr(value).encode())
+    else:
         raise MisfitError(f"calibration data wants tensors and plain values, got {type(value).__name__}.")
+    return digest.hexdigest()

@@ -17,9 +17,11 @@ from .method import Edit, Edits
 def edit_(model: nn.Module, edits: Edits) -> None:
     """Carry edits out on a model in place, in their order; what they untie becomes a tensor of its own first."""
     for fqn in edits.unties:
-        _set(model, fqn, nn.Parameter(model.get_parameter(fqn).detach().clone(), requires_grad=False))
+        own = model.get_parameter(fqn)
+        _set(model, fqn, nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad))
     for name, edit in edits.by_name.items():
-        _set(model, name, nn.Parameter(edited(edit, name, model.get_parameter), requires_grad=False))
+        trainable = model.get_parameter(name).requires_grad
+        _set(model, name, nn.Parameter(edited(edit, name, model.get_parameter), requires_grad=trainable))
     config: Any = getattr(model, "config", None)
     if edits.unties and config is not None:
         config.tie_word_embeddings = False

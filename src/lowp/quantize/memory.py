@@ -15,7 +15,7 @@ import torch
 
 from ..errors import SpellingError
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS = ("", "K", "M", "G", "T")  # each a thousand of the one before; with an i, as in GiB, 1024
 
 
 def in_use(device: torch.device) -> int:
@@ -44,7 +44,8 @@ def bytes_of(given: int | float | str | None, name: str) -> int | None:
     """
     if given is None or isinstance(given, (int, float)):
         return None if given is None else int(given)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", given, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", given, re.IGNORECASE)
     if match is None:
         raise SpellingError(f"{name} wants a number of bytes or a spelling such as '2GB', got {given!r}.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    power = list(_UNITS).index(match[2].upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)

@@ -50,11 +50,12 @@ class Edits:
 
     Args:
         by_name: in the order in which they are made: a tensor that others read comes after them.
-        unties: names that are no longer one tensor with another.
+        unties: names that are no longer one tensor with another. seed: of what is random in them.
     """
 
     by_name: Mapping[str, Edit]
     unties: tuple[str, ...] = ()
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class Method:
         wants_data: it reads statistics of the inputs: `data=` must be given.
         smooth: weights [(N, K)] that share an input, its statistics, and their schemes -> factor (K,) for the input, or None.
         edit: model -> changes of its tensors.
+        options: how it differs from the method of that name in the table, for whoever must know whether two are the same.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Method:
     wants_data: bool = False
     smooth: Callable[[Sequence[Tensor], Statistics, Sequence[Scheme]], Tensor | None] | None = None
     edit: Callable[[nn.Module], Edits] | None = None
+    options: str = ""
 
 
 def _absmax(weight: Tensor, statistics: Statistics | None, fmt: Format) -> Parts:
@@ -139,6 +142,7 @@ def _then(first: Method, second: Method) -> Method:
         by_rows=False,
         smooth=first.smooth or second.smooth,
         edit=first.edit or second.edit,
+        options=f"{first.options}; {second.options}".strip("; "),
     )
 
 

@@ -23,31 +23,42 @@ from torch import Tensor, nn
 
 from .match import Target
 
+Answer = Callable[[], tuple[Tensor, list[Tensor]]]
 
-def find_taker(group: Sequence[Target], before: Sequence[nn.Module], run: Callable[[], Tensor]) -> nn.Module | None:
+
+def find_taker(group: Sequence[Target], before: Sequence[nn.Module], run: Answer) -> nn.Module | None:
     """The operation that can take a factor over for a group of layers that share an input.
 
     Args:
-        group: linear layers. before: modules that ran before them, the latest first. run: the block's answer on some input.
+        group: linear layers. before: modules that ran before them, the latest first.
+        run: on some data that reaches the group, what its input is, and all that the block answers.
 
     Returns:
-        A norm or linear layer out of `before`, or None.
+        A norm or linear layer out of `before`, or None. Given the factor, it multiplies the group's input by it, to the bit, and
+        the block answers something else; with the factor taken off the group's weights, the same bits as before.
     """
     weight = group[0].weight
     bits = torch.randint(0, 2, (weight.shape[-1],), generator=torch.Generator().manual_seed(0))
     factor_K = (2.0 ** (2 * bits - 1)).to(weight.device)
-    expected: Tensor | None = None
+    found: tuple[Tensor, list[Tensor]] | None = None
     for module in before:
         if not can_take(module, weight.shape[-1]) or any(module is target.module for target in group):
             continue
-        expected = run() if expected is None else expected
+        x, expected = found = run() if found is None else found
         with _changed([module, *(target.module for target in group)]):
             give(module, factor_K)
+            given, other = run()
+            if not torch.equal(given, x * factor_K.to(x.dtype)) or _same(other, expected):
+                continue
             for target in group:
                 target.weight.data.div_(factor_K.to(target.weight.dtype))
-            if torch.equal(run(), expected):
+            if _same(run()[1], expected):
                 return module
     return None
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 def can_take(module: nn.Module, columns: int) -> bool:
@@ -63,20 +74,17 @@ def give(module: nn.Module, factor_K: Tensor) -> Tensor:
     """Multiply a module's outputs by a factor, by way of its weight and bias.
 
     Returns:
-        What the factor has become: the weight is rounded to its dtype.
+        What the factor has become: a norm's weight is rounded to its dtype, and the factor with it.
     """
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
-    if weight.dim() > 1 or bias is not None:  # its numbers are rounded each by itself: powers of two round nothing
-        factor_K = 2.0 ** factor_K.log2().round()
-    spread = factor_K if weight.dim() == 1 else factor_K.unsqueeze(1)
     before = weight.data.to(torch.float32, copy=True)
-    weight.data.copy_(before * spread)
+    weight.data.copy_(before * (factor_K if weight.dim() == 1 else factor_K.unsqueeze(1)))
+    if weight.dim() == 1:  # the weight's rounding belongs to the factor
+        factor_K = torch.where(before == 0, factor_K, weight.data / torch.where(before == 0, 1.0, before))
     if isinstance(bias, Tensor):
         bias.data.copy_(bias.data.to(torch.float32) * factor_K)
-    if weight.dim() > 1:
-        return factor_K
-    return torch.where(before == 0, factor_K, weight.data.to(torch.float32) / torch.where(before == 0, 1.0, before))
+    return factor_K
 
 
 @contextmanager

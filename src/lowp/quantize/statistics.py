@@ -168,7 +168,7 @@ def static_scale(statistics: Statistics, fmt: Format, how: str) -> Tensor:
     """
     if fmt.zero_point or fmt.is_identity or fmt.nested is not None:
         raise MisfitError(f"a static scale wants a symmetric activation format such as int8/tensor, got {fmt}.")
-    top = float(statistics.amax_K.max())
+    top = float(statistics.amax_K.max()) or 1.0  # nothing but zeros: any scale does
     if how == "average":
         top = float(statistics.average)
     elif how in ("percentile", "mse"):

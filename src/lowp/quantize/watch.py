@@ -37,7 +37,9 @@ class Watch(TorchFunctionMode):
     def __init__(self, targets: Iterable[Target], see: See) -> None:
         super().__init__()
         self.see = see
-        self.by_memory = {t.weight.untyped_storage().data_ptr(): t for t in targets}
+        self.by_memory: dict[int, list[Target]] = {}
+        for target in targets:
+            self.by_memory.setdefault(target.weight.untyped_storage().data_ptr(), []).append(target)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,4 +77,8 @@ class Watch(TorchFunctionMode):
     def _target(self, weight: Any) -> Target | None:
         if not isinstance(weight, Tensor) or type(weight) not in (Tensor, torch.nn.Parameter):
             return None
-        return self.by_memory.get(weight.untyped_storage().data_ptr())
+        found = self.by_memory.get(weight.untyped_storage().data_ptr(), ())
+        offset = weight.storage_offset()
+        return next(
+            (t for t in found if 0 <= offset - t.weight.storage_offset() < max(t.weight.numel(), 1)), None
+        )  # several may lie in one buffer

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import MisfitError, QuantizedError
+from ..errors import MisfitError, QuantizedError, SpellingError
 from ..numerics import Format, Parts, Scheme
 from ..tensor import QTensor
 from .method import METHODS, Method, method_of
@@ -50,7 +50,12 @@ def quantize_weight(
         matrix = matrix.flatten(1)
     elif kind == "conv1d":
         matrix = matrix.t()
-    if chosen.why_not(parsed.weight) or (chosen.wants_data and not statistics):
+    if chosen.wants_data and not statistics:
+        raise SpellingError(
+            f"{name}: method {chosen.name!r} wants statistics of the inputs, got none: give lowp.quantize_ data=, or the "
+            "command line --data."
+        )
+    if chosen.why_not(parsed.weight):
         chosen = METHODS["absmax"]
     with torch.no_grad():
         parts = _parts_of(matrix, chosen, parsed.weight, statistics)
