@@ -127,6 +127,7 @@ def fetch(source: Source, work: Path) -> Path:
         return root
     downloads = work / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
+    root.parent.mkdir(parents=True, exist_ok=True)  # dpkg makes the last folder alone
     # The King James text is stored in a format of its own, read by the program of the package bible-kjv.
     for package in [source.package] + (["bible-kjv"] if source.reader == "bible" else []):
         subprocess.run(["apt-get", "download", "-q", package], cwd=downloads, check=True, capture_output=True)

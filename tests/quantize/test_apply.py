@@ -156,7 +156,7 @@ def test_a_hugging_face_model_generates(scheme):
 
 
 def test_a_method_of_your_own_chooses_the_numbers():
-    def halves(weight, fmt):
+    def halves(weight, statistics, fmt):
         return quantize_given(weight, fmt, torch.full(fmt.scale_shape(tuple(weight.shape)), 0.5))
 
     own = Method(name="halves", about="every scale is a half", run=halves, why_not=lambda fmt: "")
@@ -168,7 +168,7 @@ def test_a_method_of_your_own_chooses_the_numbers():
 def test_a_method_that_takes_any_number_is_given_them():
     seen = []
 
-    def run(weight, fmt):
+    def run(weight, statistics, fmt):
         seen.append(int(weight.isnan().sum()))
         return quantize(weight.nan_to_num(0.0), fmt)
 

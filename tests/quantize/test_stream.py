@@ -15,6 +15,7 @@ from torch import nn
 import lowp
 from lowp.errors import CheckpointError, MisfitError, QuantizedError
 from lowp.numerics import Scheme, known_formats
+from lowp.quantize import journal as journals
 from lowp.quantize import shards, stream
 from lowp.quantize.checkpoint import load_state, read_contents, save
 from lowp.quantize.stream import Source, quantize_files, work_directory
@@ -212,7 +213,7 @@ def test_a_stop_while_sealing_goes_on(tmp_path, floats, monkeypatch):
 def test_half_a_line_in_the_journal_is_done_again(tmp_path, floats):
     with pytest.raises(Stop):
         convert(floats, tmp_path / "out", "int4", progress=stop_at("head.bias"))
-    journal = work_directory(tmp_path / "out") / stream.JOURNAL
+    journal = work_directory(tmp_path / "out") / journals.JOURNAL
     journal.write_bytes(journal.read_bytes()[:-7])
     convert(floats, tmp_path / "out", "int4")
     convert(floats, tmp_path / "whole", "int4")
@@ -262,8 +263,8 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_stream import convert, stream
-stream._SECONDS = 0.0
+from test_stream import convert, journals
+journals._SECONDS = 0.0
 def slow(name, done, total):
     print(name, flush=True)
     time.sleep(0.05)
@@ -286,7 +287,7 @@ def test_a_killed_process_leaves_work_that_goes_on(tmp_path, floats):
     child.wait()
     child.stdout.close()
     time.sleep(0.1)
-    entries = (work_directory(tmp_path / "out") / stream.JOURNAL).read_text().splitlines()
+    entries = (work_directory(tmp_path / "out") / journals.JOURNAL).read_text().splitlines()
     assert len(entries) > 1 and "experts.up" not in entries[-1]
     convert(floats, tmp_path / "out", "int4")
     convert(floats, tmp_path / "whole", "int4")
@@ -352,6 +353,6 @@ def test_no_space_left_in_the_middle_keeps_the_work(tmp_path, floats, monkeypatc
 def test_the_journal_is_json_lines(tmp_path, floats):
     with pytest.raises(Stop):
         convert(floats, tmp_path / "out", "int4", progress=stop_at("head.bias"))
-    lines = (work_directory(tmp_path / "out") / stream.JOURNAL).read_text().splitlines()
+    lines = (work_directory(tmp_path / "out") / journals.JOURNAL).read_text().splitlines()
     assert set(json.loads(lines[0])) == {"job"}
-    assert all(set(json.loads(line)) == {"tensor", "noise", "signal"} for line in lines[1:])
+    assert all(set(json.loads(line)) == {"done", "noise", "signal"} for line in lines[1:])

@@ -32,6 +32,7 @@ import shutil
 import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -39,7 +40,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..errors import LowpError, SpellingError
+from ..errors import LowpError, MisfitError, SpellingError
 from ..ops import device_of as device_of
 
 Directory = Annotated[str, typer.Argument(metavar="DIR", show_default=False, help="A checkpoint's directory.")]
@@ -144,6 +145,20 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 # -- output -----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path: str) -> str:
+    """A file's text.
+
+    Raises:
+        MisfitError: the file is no text in UTF-8. OSError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MisfitError(
+            f"{path} wants to be a text in UTF-8, got other bytes at {error.start}: name another file."
+        ) from None
 
 
 def show(*renderables: Any) -> None:

@@ -9,12 +9,23 @@ Perplexity, KL to the original, top-1 agreement, bytes, and the error of each la
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import Device, Directory, Json, device_of, dtype_of, print_json, progress_console, show, size, table
+from .app import (
+    Device,
+    Directory,
+    Json,
+    device_of,
+    dtype_of,
+    print_json,
+    progress_console,
+    read_text,
+    show,
+    size,
+    table,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -75,13 +86,7 @@ def prepared(
     check_windows(window, stride)
     if tokens < 0:
         raise MisfitError(f"--tokens wants a number of tokens, or 0 for the whole text, got {tokens}.")
-    try:
-        words = Path(text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise MisfitError(
-            f"{text} wants to be a text in UTF-8, got other bytes at {error.start}: name another file."
-        ) from None
-    ids = tokens_of(hf.tokenizer(against), words, tokens or None)
+    ids = tokens_of(hf.tokenizer(against), read_text(text), tokens or None)
     return load(against, device, dtype), ids
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..numerics import Format, Parts, quantize
 from ..numerics.math import quantize_given, read_scale, to_blocks
 from ..quantize.method import Method, register
+from ..quantize.statistics import Statistics
 
 _P, _BETA, _KAPPA, _ITERATIONS = 0.7, 10.0, 1.01, 20
 
@@ -99,6 +100,16 @@ def _why_not(fmt: Format) -> str:
     return ""
 
 
+def _run(weight: Tensor, statistics: Statistics | None, fmt: Format) -> Parts:
+    return hqq(weight, fmt)
+
+
 register(
-    Method(name="hqq", about="half-quadratic: zero point or scale by a sparse error norm", run=hqq, why_not=_why_not)
+    Method(
+        name="hqq",
+        about="half-quadratic: zero point or scale by a sparse error norm",
+        run=_run,
+        why_not=_why_not,
+        by_rows=True,
+    )
 )

@@ -38,12 +38,15 @@ from ..errors import MisfitError
 from .element import Element
 from .format import E8M0_RULES, Format
 from .formats import ELEMENTS
+from .grid import Grid, grid_of, has_integer_zero_point
 from .parts import Parts
 
 _TINY = torch.finfo(torch.float32).tiny  # 2**-126, the smallest normal float32: no scale is below it, none is zero
 _HALF_MAX = torch.finfo(torch.float16).max  # 65504
 _PIECE = 1 << 17  # numbers that are worked on at a time on a CPU: 512 KB of float32, what a core's cache holds
-_SHRINK = tuple(1.0 - 0.0125 * i for i in range(49))  # the mse rule tries ranges from 100 % down to 40 %
+_SHRINK = tuple(
+    1.0 - 0.0125 * i for i in range(49)
+)  # the mse rule tries ranges from 100 % down to 40 %; weighed: half of them
 ZERO_POINT_DTYPES = {
     "int8": torch.int8,
     "uint8": torch.uint8,
@@ -300,32 +303,6 @@ RULES: dict[str, Rule] = {
 # -- quantize and dequantize ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Grid:
-    """What encoding needs, shaped (..., 1, blocks, 1) to broadcast against the blocks."""
-
-    element: Element
-    by: Tensor
-    inverse: Tensor | None
-    offset: Tensor | None
-    integer_offset: bool
-
-    def rows(self, rows: slice) -> _Grid:
-        """The grid of some rows of blocks."""
-        inverse, offset = (None if t is None else t[rows] for t in (self.inverse, self.offset))
-        return dataclasses.replace(self, by=self.by[rows], inverse=inverse, offset=offset)
-
-    def encode(self, blocks: Tensor, noise: Tensor | None = None) -> Tensor:
-        scaled = blocks / self.by if self.inverse is None else blocks * self.inverse
-        if self.offset is not None:
-            scaled = (scaled.round_() if self.integer_offset and noise is None else scaled).add_(self.offset)
-        return self.element.encode(scaled) if noise is None else self.element.encode_stochastic(scaled, noise)
-
-    def decode(self, qdata: Tensor) -> Tensor:
-        value = self.element.decode(qdata)
-        return (value - self.offset if self.offset is not None else value) * self.by
-
-
 def _row_pieces(blocks: Tensor) -> Iterator[slice]:
     """Slices of the first axis of (rows, bn, columns, bk) that hold about `_PIECE` numbers, or one row of blocks."""
     step = max(1, _PIECE // max(blocks[0].numel(), 1))
@@ -338,10 +315,10 @@ def _inner_pieces(blocks: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, blocks.shape[1], step))
 
 
-def _encode(grid: _Grid, blocks: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
+def _encode(grid: Grid, blocks: Tensor, stochastic: bool, generator: torch.Generator | None) -> Tensor:
     """Encode all blocks; on a CPU in pieces that stay in its cache, which is faster and needs no second tensor of floats."""
 
-    def encode(grid: _Grid, piece: Tensor) -> Tensor:
+    def encode(grid: Grid, piece: Tensor) -> Tensor:
         return grid.encode(
             piece, torch.rand(piece.shape, device=piece.device, generator=generator) if stochastic else None
         )
@@ -361,6 +338,7 @@ def quantize(
     fmt: Format,
     *,
     outer: Tensor | None = None,
+    importance: Tensor | None = None,
     stochastic: bool = False,
     generator: torch.Generator | None = None,
 ) -> Parts:
@@ -370,6 +348,7 @@ def quantize(
         x: (..., N, K) or (K,), any float dtype.
         fmt: the format; its blocks must divide the shape.
         outer: the scale of the scales where it is chosen elsewhere (NVFP4: one for the layers that are multiplied as one).
+        importance: (K,), what a squared error in each column counts: the rule `mse` weighs by it, others do not look at it.
         stochastic: round up or down at random, unbiased (for gradients and low-precision master weights).
         generator: the source of randomness.
 
@@ -398,7 +377,7 @@ def quantize(
     shape = fmt.scale_shape(tuple(x.shape))
     second = _second_level(scale.reshape(shape), fmt, _amax(blocks) if fmt.nested else None, outer)
     if fmt.rule == "mse":
-        scale, low = _mse(blocks, fmt, second)
+        scale, low = _mse(blocks, fmt, second, None if importance is None else importance.view(1, 1, -1, block[1]))
     stored = _store(scale.reshape(shape), fmt, second)
     zero_point = None if low is None else _zero_point(low.reshape(shape), stored.value, fmt)
     return _encoded(x, fmt, blocks, stored, second, zero_point, stochastic=stochastic, generator=generator)
@@ -453,33 +432,36 @@ def _encoded(
     )
 
 
-def _grid(stored: _Stored, zero_point: Tensor | None, fmt: Format, blocks: Tensor) -> _Grid:
-    """A grid over blocks (rows, bn, columns, bk), from one scale (and zero point) for each of the (rows, columns) blocks."""
-    per_block = (blocks.shape[0], 1, blocks.shape[2], 1)
-    inverse = stored.inverse
-    if inverse is None and (RULES[fmt.rule].reciprocal or fmt.scale in ("e4m3", "e8m0") or fmt.nested is not None):
-        inverse = stored.value.reciprocal()
-    return _Grid(
-        element=fmt.element,
-        by=stored.value.reshape(per_block),
-        inverse=None if inverse is None else inverse.reshape(per_block),
-        offset=None if zero_point is None else zero_point.to(torch.float32).reshape(per_block),
-        integer_offset=_is_integer(fmt),
-    )
+def _grid(stored: _Stored, zero_point: Tensor | None, fmt: Format, blocks: Tensor) -> Grid:
+    counts = (blocks.shape[0], blocks.shape[2])
+    return grid_of(stored.value, stored.inverse, zero_point, fmt, counts, reciprocal=RULES[fmt.rule].reciprocal)
+
+
+def grid_of_parts(parts: Parts, fmt: Format) -> Grid:
+    """The grid of a matrix (N, K) that was quantized already, to encode other numbers with its scales and zero points.
+
+    Its tensors have the shape (N/bn, 1, K/bk, 1).
+    """
+    value, inverse = read_scale(parts, fmt), None
+    if fmt.nested is not None and fmt.nested.element.kind == "float":
+        ones = fmt.nested.element.encode(torch.ones_like(value))
+        outer = dequantize(Parts(qdata=ones, scale=parts.scale_scale), fmt.nested)
+        assert parts.scale is not None
+        inverse = outer.reciprocal() / fmt.nested.element.decode(parts.scale)
+    counts = (value.shape[-2], value.shape[-1])
+    return grid_of(value, inverse, parts.zero_point, fmt, counts, reciprocal=RULES[fmt.rule].reciprocal)
 
 
 def _zero_point(low: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    zero_point = fmt.element.qmin - (low / scale).round() if _is_integer(fmt) else fmt.element.qmin - low / scale
+    zero_point = (
+        fmt.element.qmin - (low / scale).round() if has_integer_zero_point(fmt) else fmt.element.qmin - low / scale
+    )
     return _store_zero_point(zero_point.clamp(fmt.element.qmin, fmt.element.qmax), fmt)
-
-
-def _is_integer(fmt: Format) -> bool:
-    return fmt.zero_point in ("int8", "uint8", "int32")
 
 
 def _store_zero_point(zero_point: Tensor, fmt: Format) -> Tensor:
     dtype = ZERO_POINT_DTYPES[str(fmt.zero_point)]
-    if _is_integer(fmt):
+    if has_integer_zero_point(fmt):
         info = torch.iinfo(dtype)
         zero_point = zero_point.round().clamp(info.min, info.max)
     return zero_point.to(dtype)
@@ -492,21 +474,23 @@ def _base(fmt: Format) -> Rule:
     return RULES["rceil" if fmt.scale == "e8m0" else "asymmetric" if fmt.zero_point else "absmax"]
 
 
-def _mse(blocks: Tensor, fmt: Format, second: _Second | None) -> Choice:
+def _mse(blocks: Tensor, fmt: Format, second: _Second | None, importance: Tensor | None) -> Choice:
     """For each block the range with the least squared error, among `_SHRINK` of the whole range.
 
     The second level of a scale stays that of the whole range, so that one block does not depend on another and rows of
     blocks can be worked on in pieces.
     """
-    choices = [_mse_of_rows(blocks[rows], fmt, _second_of(second, rows, blocks)) for rows in _row_pieces(blocks)]
+    choices = [
+        _mse_of_rows(blocks[rows], fmt, _second_of(second, rows, blocks), importance) for rows in _row_pieces(blocks)
+    ]
     lows = [low for _, low in choices if low is not None]
     return torch.cat([scale for scale, _ in choices]), torch.cat(lows) if lows else None
 
 
-def _mse_of_rows(blocks: Tensor, fmt: Format, second: _Second | None) -> Choice:
+def _mse_of_rows(blocks: Tensor, fmt: Format, second: _Second | None, importance: Tensor | None) -> Choice:
     # The rules searched look at the smallest and largest value alone, so these two stand for the block.
     extremes = torch.stack((blocks.amin(dim=(-3, -1)), blocks.amax(dim=(-3, -1))), dim=-1).unsqueeze(1)
-    shrinks = (1.0, 0.5) if fmt.scale == "e8m0" else _SHRINK
+    shrinks = (1.0, 0.5) if fmt.scale == "e8m0" else _SHRINK if importance is None else _SHRINK[::2]
     errors = torch.zeros(len(shrinks), blocks.shape[0], blocks.shape[2], device=blocks.device)
     for error, shrink in zip(errors, shrinks, strict=True):
         scale, low = _base(fmt).choose(extremes * shrink, fmt)
@@ -514,7 +498,8 @@ def _mse_of_rows(blocks: Tensor, fmt: Format, second: _Second | None) -> Choice:
         grid = _grid(stored, None if low is None else _zero_point(low, stored.value, fmt), fmt, blocks)
         for inside in _inner_pieces(blocks):
             piece = blocks[:, inside]
-            error += grid.decode(grid.encode(piece)).sub_(piece).square_().sum(dim=(-3, -1))
+            squares = grid.decode(grid.encode(piece)).sub_(piece).square_()
+            error += (squares if importance is None else squares * importance).sum(dim=(-3, -1))
     best = torch.tensor(shrinks, device=blocks.device)[errors.argmin(dim=0)]
     return _base(fmt).choose(extremes * best[:, None, :, None], fmt)
 

@@ -8,19 +8,28 @@ Tied weights become one QTensor under all their names. What stays in floats is i
 from __future__ import annotations
 
 import dataclasses
+import math
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import KernelError, MisfitError, QuantizedError
-from ..numerics import Parts, Scheme
+from ..errors import KernelError, SpellingError
 from ..numerics.compare import relative_error
 from ..ops import device_of
 from ..tensor import QTensor
+from .activations import Activations
+from .blocks import Batch
+from .calibrate import How, Outcome, Progress, calibrate
+from .edit import edit_
 from .match import PlanRow, Rules, Target, planned, table
-from .method import METHODS, Method, method_of
+from .memory import bytes_of
+from .method import Method, method_of
+from .weight import check_finite, quantize_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,8 @@ class ReportRow:
         bytes_before, bytes_after: of the tensor.
         error: ||weight - quantized|| / ||weight||, 0.0 where it stayed.
         why: the rule, the choice and its reason.
+        rounding_error, output_error: ||x (W - Q)^T|| / ||x W^T|| on the calibration data, by plain rounding and by the method;
+            NaN where no data was given.
     """
 
     fqn: str
@@ -46,6 +57,8 @@ class ReportRow:
     bytes_after: int
     error: float
     why: str
+    rounding_error: float = math.nan
+    output_error: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -69,11 +82,12 @@ class Report:
         return {
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
-            "rows": [dataclasses.asdict(row) | {"tied": list(row.tied), "shape": list(row.shape)} for row in self.rows],
+            "rows": [_plain(row) for row in self.rows],
         }
 
     def __str__(self) -> str:
-        header = ("tensor", "shape", "scheme", "kernel", "MB before", "MB after", "error", "why")
+        seen = any(not math.isnan(row.output_error) for row in self.rows)
+        header = ("tensor", "shape", "scheme", "kernel", "MB before", "MB after", "error")
         body = [
             (
                 row.fqn,
@@ -83,63 +97,26 @@ class Report:
                 f"{row.bytes_before / 1e6:.2f}",
                 f"{row.bytes_after / 1e6:.2f}",
                 f"{row.error:.4f}" if row.scheme else "-",
+                *((_shown(row.rounding_error), _shown(row.output_error)) if seen else ()),
                 row.why,
             )
             for row in self.rows
         ]
+        header = (*header, *(("output, rounded", "calibrated") if seen else ()), "why")
         ratio = self.bytes_after / max(self.bytes_before, 1)
         return (
             f"{table(header, body)}\n{self.bytes_before / 1e6:.2f} MB -> {self.bytes_after / 1e6:.2f} MB ({ratio:.2f}x)"
         )
 
 
-def quantize_weight(
-    weight: Tensor, scheme: str, *, method: str | Method = "absmax", name: str = "weight", kind: str = "linear"
-) -> QTensor:
-    """Quantize one weight, in the plain layout.
-
-    Args:
-        weight: (N, K), (E, N, K), or as `kind` has it ("conv": (O, C, ...), "conv1d": (K, N)); float.
-        scheme: spelling or preset. method: name of a method, or one of your own. name: for errors.
-
-    Raises:
-        QuantizedError: it is quantized already. MisfitError: NaN or infinity, or blocks that do not divide the shape.
-
-    >>> quantize_weight(torch.randn(64, 64), "int8").packed_nbytes
-    4352
-    """
-    if isinstance(weight, QTensor):
-        raise QuantizedError(f"{name} is quantized already ({weight.scheme}): dequantize() it first.")
-    chosen = method_of(method)
-    if not chosen.takes_any:
-        check_finite(weight, name)
-    parsed = Scheme.parse(scheme)
-    matrix = weight.detach()
-    if kind == "conv":
-        matrix = matrix.flatten(1)
-    elif kind == "conv1d":
-        matrix = matrix.t()
-    if chosen.why_not(parsed.weight):
-        chosen = METHODS["absmax"]
-    with torch.no_grad():
-        parts: Parts = chosen.run(matrix, parsed.weight)
-        quantized = QTensor.from_parts(parts, str(parsed), dtype=weight.dtype)
-    if kind == "conv":
-        return quantized.view(weight.shape)  # type: ignore[return-value]
-    return quantized.t() if kind == "conv1d" else quantized  # type: ignore[return-value]
+def _shown(error: float) -> str:
+    return "-" if math.isnan(error) else f"{error:.4f}"
 
 
-def check_finite(weight: Tensor, name: str) -> None:
-    """Raise a MisfitError that names the tensor and counts its NaN and infinite elements, if there are any."""
-    if not weight.numel() or all(bound.isfinite() for bound in torch.aminmax(weight)):  # both are NaN if any element is
-        return
-    bad = weight.numel() - int(weight.isfinite().sum())
-    if bad:
-        nans = int(weight.isnan().sum())
-        raise MisfitError(
-            f"{name} {tuple(weight.shape)} wants finite numbers, got {nans} NaN and {bad - nans} infinite of {weight.numel()}: "
-            "repair the checkpoint, or keep this layer with a rule None."
-        )
+def _plain(row: ReportRow) -> dict[str, Any]:
+    """A row for JSON, which has no NaN."""
+    value = dataclasses.asdict(row) | {"tied": list(row.tied), "shape": list(row.shape)}
+    return {name: None if isinstance(one, float) and math.isnan(one) else one for name, one in value.items()}
 
 
 def quantize_(
@@ -150,18 +127,34 @@ def quantize_(
     device: torch.device | str | None = None,
     strict: bool = False,
     on_misfit: str = "error",
+    data: Iterable[Batch] | None = None,
+    static: str | None = None,
+    propagate: str = "quantized",
+    sequential: bool = True,
+    max_ram: int | str | None = None,
+    max_vram: int | str | None = None,
+    distributed: bool = False,
+    progress: Progress = lambda name, done, total: None,
 ) -> Report:
     """Quantize a model in place.
 
     Args:
         model: any nn.Module. rules: a scheme ("int4", "int8/row@int8/row"), or patterns with schemes; see `lowp.quantize.match`.
-        method: "absmax", "mse", "hqq", or a Method of your own.
-        device: move the model there, one weight at a time, quantizing on it.
+        method: "absmax", "mse", "hqq"; with data also "gptq", "awq", "smoothquant", "autoround", "rotate+gptq" and other
+            compositions; or a Method of your own.
+        device: move the model there, one weight (or block) at a time, quantizing on it.
         strict: a layer that only a slow fallback kernel can run is a KernelError, before anything is changed.
         on_misfit: "error", or "skip" to keep a layer that cannot take its scheme, with the reason in the report.
+        data: calibration batches to run the model on: token ids (B, T), mappings of keyword arguments, or tuples of arguments.
+        static: with data, how schemes with quantized activations get static scales: "minmax", "average", "percentile" or "mse".
+        propagate: what a block sees of those before it: "quantized" (their answers as they will be) or "float".
+        sequential: layers see what those before them in their block have become; False runs each block fewer times.
+        max_ram, max_vram: bytes or "8GB": hidden states go to files where they would not fit; a layer that cannot is an error.
+        distributed: each rank of torch.distributed's default group brings its part of the data; all get the same model.
+        progress: called with a block's name, blocks done, and blocks in all.
 
     Returns:
-        A Report: for each tensor its scheme, layout, kernel, bytes, error and reason.
+        A Report: for each tensor its scheme, layout, kernel, bytes, error and reason; with data its output error too.
 
     Raises:
         SpellingError, MisfitError, QuantizedError, KernelError: before anything is changed, but for a non-finite weight, which is
@@ -169,18 +162,83 @@ def quantize_(
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64))
     >>> report = quantize_(model, "int4")
+    >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+    >>> report = quantize_(model, "int4/1x32", method="gptq", data=[torch.randn(256, 128)])
+    >>> report.rows[0].output_error < report.rows[0].rounding_error
+    True
     """
     device = None if device is None else device_of(device)
+    chosen, batches = method_of(method), _batches(data)
+    if batches is None and (chosen.wants_data or static is not None):
+        what = f"method {chosen.name!r}" if chosen.wants_data else "static="
+        raise SpellingError(f"{what} wants data, got none: pass data=, batches to run the model on.")
+    home = next((p.device for p in model.parameters()), torch.device("cpu"))
+    on = home if device is None else torch.device(device)
+    ram, vram = bytes_of(max_ram, "max_ram"), bytes_of(max_vram, "max_vram")
+    how = How(
+        method=chosen, device=on, home=home, static=static, propagate=propagate, sequential=sequential,
+        limit=ram if on.type == "cpu" else vram, reduce=distributed, progress=progress,
+    )  # fmt: skip
+    how.check()
     rows = list(planned(model, rules, method=method, device=device, on_misfit=on_misfit))
     if strict:
         _refuse_fallbacks([row for _, row in rows])
     for target, row in rows:
-        if row.scheme is not None and target.weight.device.type != "meta" and not method_of(method).takes_any:
+        if row.scheme is not None and target.weight.device.type != "meta" and not chosen.takes_any:
             check_finite(target.weight, target.fqn)
-    done = [_carry_out(model, target, row, method, device) for target, row in rows]
+    if chosen.edit is not None:  # nothing was changed before this line
+        edit_(model, chosen.edit(model))
+        rows = list(planned(model, rules, method=method, device=device, on_misfit=on_misfit))
+    outcomes: dict[str, Outcome] = {}
+    if batches is not None:
+        outcomes = _calibrated(model, [one for one in rows if one[1].scheme is not None], batches, how, ram)
+    done = [_carry_out(model, target, row, method, device, outcomes.get(target.fqn)) for target, row in rows]
     if device is not None:
         model.to(device)
     return Report(rows=tuple(done))
+
+
+def _batches(data: Iterable[Batch] | None) -> list[Batch] | None:
+    """The data as a list; what is one batch and not several is an error."""
+    if isinstance(data, (Tensor, str, Mapping)):
+        raise SpellingError(f"data wants a list of batches, got one {type(data).__name__}: write data=[batch].")
+    return None if data is None else list(data)
+
+
+class _InPlace:
+    """The model itself as the place of its weights: blocks come to the device and stay there."""
+
+    @property
+    def blocks_done(self) -> int:
+        """Nothing is kept of an earlier run."""
+        return 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.outcomes = device, {}  # type: ignore[var-annotated]
+
+    def load(self, module: nn.Module) -> None:
+        """Bring a block to the device."""
+        module.to(self.device)
+
+    def finished(self, name: str, module: nn.Module, outcomes: Mapping[str, Outcome], hidden: Activations) -> None:
+        """Keep what became of a block's weights."""
+        self.outcomes |= outcomes
+
+
+def _calibrated(
+    model: nn.Module, rows: list[tuple[Target, PlanRow]], batches: list[Batch], how: How, max_ram: int | None
+) -> dict[str, Outcome]:
+    """What calibration makes of the weights; where that fails, the model has been changed up to the block that failed."""
+    training, place = {module: module.training for module in model.modules()}, _InPlace(how.device)
+    model.eval()
+    with tempfile.TemporaryDirectory(prefix="lowp-calibrate-") as folder:
+        hidden = Activations(Path(folder) if max_ram is not None else None)
+        try:
+            calibrate(model, rows, batches, place, hidden, how)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+    return place.outcomes
 
 
 def _refuse_fallbacks(rows: list[PlanRow]) -> None:
@@ -194,15 +252,23 @@ def _refuse_fallbacks(rows: list[PlanRow]) -> None:
 
 
 def _carry_out(
-    model: nn.Module, target: Target, row: PlanRow, method: str | Method, device: torch.device | str | None
+    model: nn.Module,
+    target: Target,
+    row: PlanRow,
+    method: str | Method,
+    device: torch.device | str | None,
+    outcome: Outcome | None,
 ) -> ReportRow:
     before = target.weight.numel() * target.weight.element_size()
     after, error = before, 0.0
     if row.scheme is not None:
         weight = target.weight.detach()
         weight = weight if device is None else weight.to(device)
-        quantized = quantize_weight(weight, row.scheme, method=method, name=target.fqn, kind=target.kind)
-        error = _error(weight, quantized)
+        if outcome is None:
+            quantized = quantize_weight(weight, row.scheme, method=method, name=target.fqn, kind=target.kind)
+            error = _error(weight, quantized)
+        else:
+            quantized, error = outcome.quantized, outcome.error
         quantized = quantized if row.layout == "plain" else quantized.to_layout(row.layout)
         after = quantized.packed_nbytes
         parameter = nn.Parameter(quantized, requires_grad=False)
@@ -220,7 +286,9 @@ def _carry_out(
         bytes_before=before,
         bytes_after=after,
         error=error,
-        why=row.why,
+        why="; ".join(filter(None, (row.why, outcome.why if outcome else ""))),
+        rounding_error=outcome.rounding_error if outcome else math.nan,
+        output_error=outcome.output_error if outcome else math.nan,
     )
 
 

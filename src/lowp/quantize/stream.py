@@ -14,36 +14,32 @@ further one that a tensor is finished and durable. The same call goes on from th
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import math
 import os
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, LowpError, MisfitError
+from ..errors import MisfitError
 from ..layouts.plain import tensor_shapes
 from ..numerics import Scheme
 from . import shards as files
-from .apply import Report, ReportRow, quantize_weight
+from .apply import Report, ReportRow
 from .checkpoint import SHARD_BYTES, Meaning, check_floats, check_target, copy_configuration, publish, seal
+from .journal import JOURNAL, Journal
 from .match import Plan, PlanRow
 from .method import method_of
 from .shards import Shapes, Shard, Stored
+from .weight import quantize_weight
 
-JOURNAL = "journal.jsonl"
 _SLAB = 1 << 20  # elements that are quantized at once: 4 MiB in float32, which a processor's cache holds
-_DURABLE = 1 << 27  # bytes written (128 MiB) or seconds passed between two entries of finished tensors in the journal
-_SECONDS = 5.0
-_BY_ROWS = ("absmax", "mse", "hqq")  # methods that look at nothing beyond a block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +140,9 @@ def quantize_files(
     units = [_unit(name, source, by_name.get(name), method) for name, source in sources.items()]
     laid_out = files.shards_of([unit.shapes for unit in units], shard_bytes)
     work = target.with_name(f".{target.name}.partial")
-    with _Journal.open(work, _job(units, laid_out, method, device), laid_out, overwrite) as journal:
+    with Journal.open(
+        work, _job(units, laid_out, method, device), partial(files.create, shards=laid_out), overwrite
+    ) as journal:
         _run(units, laid_out, work, journal, method, device, progress)
         meanings = {unit.name: _meaning(unit) for unit in units if unit.scheme is not None}
         if config_from is not None:
@@ -168,7 +166,7 @@ def _run(
     units: Sequence[Unit],
     laid_out: Sequence[Shard],
     work: Path,
-    journal: _Journal,
+    journal: Journal,
     method: str,
     device: str | torch.device,
     progress: Progress,
@@ -194,7 +192,7 @@ def _run(
                     _write(file, offset + size * start // unit.source.rows, tensor)
                 read += slab.numel() * slab.element_size()
                 progress(unit.name, read, total)
-            journal.finished(unit, noise, signal, file)
+            journal.finished(unit.name, {"noise": noise, "signal": signal}, [Path(file.name)], unit.bytes_after)
 
 
 def _quantized(
@@ -280,8 +278,8 @@ def _matrix_shape(row: PlanRow) -> tuple[int, ...]:
 def _step(source: Source, row: PlanRow, method: str) -> int:
     """Rows of the source that may be quantized apart from the others."""
     fmt = Scheme.parse(row.scheme or "").weight
-    searches = method not in _BY_ROWS and not method_of(method).why_not(fmt)
-    if searches or row.kind == "conv1d" or fmt.nested is not None:
+    whole = not method_of(method).by_rows and not method_of(method).why_not(fmt)
+    if whole or row.kind == "conv1d" or fmt.nested is not None:
         return source.rows
     if fmt.block == "tensor":
         return source.rows // row.shape[0] if row.kind == "experts" else source.rows
@@ -336,123 +334,3 @@ def _job(units: Sequence[Unit], laid_out: Sequence[Shard], method: str, device: 
         [hashlib.sha256(shard.header).hexdigest() for shard in laid_out],
     ]
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-@dataclass
-class _Journal:
-    """The record of finished tensors. An entry is written after the tensor's bytes are durable, never before."""
-
-    path: Path
-    file: IO[str]
-    done: dict[str, Mapping[str, Any]]
-    waiting: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    written: int = 0
-    last: float = field(default_factory=time.monotonic)
-
-    @classmethod
-    def open(cls, work: Path, job: str, laid_out: Sequence[Shard], overwrite: bool) -> _Journal:
-        """The journal of a work directory, which is made if it is not there."""
-        path = work / JOURNAL
-        if work.exists():
-            found = _read_journal(path)
-            if found is not None and found[0] == job:
-                file = open(path, "r+", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
-                _only_one(file, work)
-                file.truncate(found[2])
-                file.seek(found[2])
-                return cls(path, file, found[1])
-            if not overwrite and found is not None:
-                raise CheckpointError(
-                    f"{work} holds unfinished work of another kind (other options or other input): "
-                    "finish that, remove the directory, or pass overwrite (--overwrite)."
-                )
-            _check_own(work)
-            shutil.rmtree(work)
-        work.mkdir()
-        try:
-            files.create(work, laid_out)
-        except (LowpError, OSError):
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        file = open(path, "w", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
-        _only_one(file, work)
-        file.write(json.dumps({"job": job}) + "\n")
-        file.flush()
-        return cls(path, file, {})
-
-    def finished(self, unit: Unit, noise: float, signal: float, shard: IO[bytes]) -> None:
-        """Note a tensor whose bytes are written to `shard`; it enters the journal when they are durable."""
-        self.waiting.append((shard.name, {"tensor": unit.name, "noise": noise, "signal": signal}))
-        self.written += unit.bytes_after
-        if self.written >= _DURABLE or time.monotonic() - self.last >= _SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Make what is waiting durable, and say so."""
-        for path in {path for path, _ in self.waiting}:
-            files.sync(Path(path))
-        for _, entry in self.waiting:
-            self.file.write(json.dumps(entry) + "\n")
-            self.done[entry["tensor"]] = entry
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.waiting, self.written, self.last = [], 0, time.monotonic()
-
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            self.flush()
-        finally:
-            self.file.close()
-
-
-def _check_own(work: Path) -> None:
-    """Nothing is removed that this file has not made."""
-    strange = [
-        p.name for p in work.iterdir() if p.name != JOURNAL and not fnmatch.fnmatch(p.name, "model*.safetensors")
-    ]
-    if strange and not (work / JOURNAL).is_file():
-        raise CheckpointError(
-            f"{work} is wanted for unfinished work, got one that holds {strange[0]}: remove it yourself."
-        )
-
-
-def _read_journal(path: Path) -> tuple[str, dict[str, Mapping[str, Any]], int] | None:
-    """The job, the finished tensors, and where the last whole line ends; None where there is no readable journal."""
-    if not path.is_file():
-        return None
-    job, end = "", 0
-    done: dict[str, Mapping[str, Any]] = {}
-    for line in _whole_lines(path):
-        try:
-            entry = json.loads(line)
-            if end == 0:
-                job = str(entry["job"])
-            else:
-                done[str(entry["tensor"])] = {"noise": float(entry["noise"]), "signal": float(entry["signal"])}
-        except (ValueError, KeyError, TypeError):
-            break
-        end += len(line)
-    return (job, done, end) if job else None
-
-
-def _whole_lines(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        yield from (line for line in file if line.endswith(b"\n"))
-
-
-def _only_one(file: IO[str], work: Path) -> None:
-    """Refuse to work beside another process in the same directory."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise CheckpointError(
-            f"{work} is being written by another process: wait for it, or choose another directory."
-        ) from None

@@ -206,7 +206,7 @@ def _carry_out(
         model, rules, method=numbers.method(row.name, _with_static(row.numbers(config), config)), device=device,
         on_misfit="skip" if row.name in _SKIPS else "error",
     )  # fmt: skip
-    _show(model, report, TENSORS[row.tensor(config)])
+    show(model, report, TENSORS[row.tensor(config)])
     _warn_of_skipped(report, row.name)
     return report.rows
 
@@ -237,7 +237,7 @@ def _with_static(run: numbers.Numbers, config: Any) -> numbers.Numbers:
     return with_scale
 
 
-def _show(model: nn.Module, report: Report, kind: type[View]) -> None:
+def show(model: nn.Module, report: Report, kind: type[View]) -> None:
     """Give the weights of a report their class; tied ones stay one."""
     for row in report.rows:
         if row.scheme is None:

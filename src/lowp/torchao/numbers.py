@@ -42,7 +42,7 @@ def method(name: str, run: Numbers) -> Method:
     NaN and infinity are no error here: they count as 0, with a warning.
     """
 
-    def of_finite(weight: Tensor, fmt: Format) -> Parts:
+    def of_finite(weight: Tensor, statistics: object, fmt: Format) -> Parts:
         if weight.device.type != "meta" and not weight.isfinite().all():
             bad = int((~weight.isfinite()).sum())
             warnings.warn(

@@ -1,0 +1,115 @@
+"""Rotations, and factors moved from a layer's input to its weight, leave the float model as it is."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowp
+from lowp.methods.rotate import hadamard, rotations
+from lowp.numerics import Scheme
+from lowp.numerics.compare import relative_error
+from lowp.quantize import METHODS, Method
+from lowp.quantize.edit import edit_
+from lowp.quantize.method import method_of
+
+
+def rounds_nothing(weight, statistics, fmt):
+    return METHODS["absmax"].run(weight, statistics, fmt)
+
+
+def random_factor(weights, statistics, schemes):
+    return torch.exp(torch.randn(weights[0].shape[1], generator=torch.Generator().manual_seed(3)))
+
+
+def awq_factor(weights, statistics, schemes):
+    return METHODS["awq"].smooth(weights, statistics, [Scheme.parse("int4/1x32")] * len(weights))
+
+
+def smoothquant_factor(weights, statistics, schemes):
+    return METHODS["smoothquant"].smooth(weights, statistics, [Scheme.parse("int8/row@int8/row")] * len(weights))
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 24, 96, 130])
+def test_hadamard_is_orthonormal_and_spreads_an_outlier(size):
+    q = hadamard(size, seed=5)
+    assert torch.allclose(q @ q.T, torch.eye(size, dtype=torch.float64), atol=1e-12)
+    if size == 16:
+        assert torch.allclose(q.abs(), torch.full_like(q, 0.25))
+    assert not torch.equal(q, hadamard(size, seed=6)) or size == 1
+
+
+def test_rotation_leaves_the_logits_of_a_decoder(decoder, batches):
+    before = decoder(batches[0]).logits
+    weights = {name: p.clone() for name, p in decoder.named_parameters(remove_duplicate=False)}
+    edit_(decoder, rotations(decoder))
+    assert relative_error(before, decoder(batches[0]).logits) < 5e-6
+    changed = dict(decoder.named_parameters(remove_duplicate=False))
+    kept = [name for name, p in weights.items() if torch.equal(p, changed[name])]
+    assert all("bias" in name for name in kept), kept  # q, k and gate biases alone
+
+
+def test_rotation_spreads_outliers(llama):
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.mlp.gate_proj.weight[:, 7] *= 30
+    before = llama.model.layers[0].mlp.gate_proj.weight.detach().clone()
+    edit_(llama, rotations(llama))
+    after = llama.model.layers[0].mlp.gate_proj.weight
+
+    def peak(weight):
+        return (weight.abs().amax(dim=1) / weight.square().mean(dim=1).sqrt()).mean()
+
+    assert peak(after) < 0.6 * peak(before)
+
+
+def test_what_is_built_otherwise_is_an_error_that_names_it(llama):
+    with pytest.raises(lowp.LowpError, match="decoder as Llama's"):
+        rotations(nn.Sequential(nn.Linear(8, 8)))
+    llama.model.layers[1].mlp.extra = nn.Linear(64, 64)
+    with pytest.raises(lowp.LowpError, match="extra in layer 1"):
+        rotations(llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [random_factor, awq_factor, smoothquant_factor])
+def test_factors_leave_the_logits(decoder, batches, factor, dtype):
+    """In fp32 "weights" nothing is rounded, so what remains of smoothing is what it must not change."""
+    decoder = decoder.to(dtype)
+    before = decoder(batches[0]).logits
+    own = Method(name="moves", about="", run=rounds_nothing, why_not=lambda fmt: "", wants_data=True, smooth=factor)
+    report = lowp.quantize_(decoder, "fp32", method=own, data=batches)
+    after = decoder(batches[0]).logits
+    assert relative_error(before.float(), after.float()) < (1e-5 if dtype == torch.float32 else 0.06)
+    whys = {row.fqn: row.why for row in report.rows}
+    q = next(why for name, why in whys.items() if name.endswith("layers.0.self_attn.q_proj.weight"))
+    assert "folded into input_layernorm" in q
+    o = next(why for name, why in whys.items() if name.endswith("layers.0.self_attn.o_proj.weight"))
+    assert "act_pre_scale" in o  # fewer value heads than query heads: no rows of v_proj stand for o_proj's columns
+    down = [why for name, why in whys.items() if name.endswith("layers.0.mlp.down_proj.weight")]
+    assert not down or "folded into mlp.up_proj" in down[0]
+
+
+def test_compositions_are_spelled_in_order():
+    both = method_of("rotate+gptq")
+    assert both.edit is not None and both.run is METHODS["gptq"].run and both.wants_data
+    assert method_of("rotate+awq").smooth is METHODS["awq"].smooth
+    for wrong in ("gptq+rotate", "awq+smoothquant", "rotate+nothing"):
+        with pytest.raises(lowp.LowpError):
+            method_of(wrong)
+
+
+def test_an_embedding_that_was_tied_is_untied_and_says_so(batches):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    clone = copy.deepcopy(model)
+    lowp.quantize_(model, {"lm_head": None, "*": "int8/row"}, method="rotate")
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is False and clone.config.tie_word_embeddings is True
+    assert relative_error(clone(batches[0]).logits, model(batches[0]).logits) < 0.05
