@@ -6,6 +6,7 @@ under `kernels/`: it says which cases it can run and runs them. `pick` chooses, 
 
 from .cast import cast, cast_codes_as, cast_interleaved, fake_cast
 from .embedding import embedding
+from .fake_quantize import fake_quantize, fake_quantize_given
 from .grouped import grouped
 from .linear import linear
 from .matmul import matmul
@@ -22,6 +23,8 @@ __all__ = [
     "embedding",
     "explain",
     "fake_cast",
+    "fake_quantize",
+    "fake_quantize_given",
     "grouped",
     "kernels_of",
     "linear",

@@ -1,0 +1,7 @@
+"""Quantization-aware training: prepare a model, train it, convert it."""
+
+from .convert import convert, disable, enable, prepare, start_after
+from .fake import FakeQuantize
+from .learn import LearnedQuantize, LearnedRange
+
+__all__ = ["FakeQuantize", "LearnedQuantize", "LearnedRange", "convert", "disable", "enable", "prepare", "start_after"]
