@@ -1,7 +1,18 @@
 """Quantization-aware training: prepare a model, train it, convert it."""
 
 from .convert import convert, disable, enable, prepare, start_after
+from .distill import distill
 from .fake import FakeQuantize
 from .learn import LearnedQuantize, LearnedRange
 
-__all__ = ["FakeQuantize", "LearnedQuantize", "LearnedRange", "convert", "disable", "enable", "prepare", "start_after"]
+__all__ = [
+    "FakeQuantize",
+    "LearnedQuantize",
+    "LearnedRange",
+    "convert",
+    "disable",
+    "distill",
+    "enable",
+    "prepare",
+    "start_after",
+]

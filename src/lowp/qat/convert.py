@@ -69,7 +69,7 @@ def prepare(
     done = [name for name, module in model.named_modules() if is_prepared(module)]
     if done:
         raise QuantizedError(
-            f"{done[0] or 'the model'} is prepared already, and {len(done) - 1} more: train it, then call lowp.qat.convert(model)."
+            f"{done[0] or 'the model'} is prepared already, and {len(done) - 1} more: train it, then call lowp.qat.convert."
         )
     rows = [
         _refused(target, row, on_misfit)

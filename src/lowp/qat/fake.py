@@ -4,8 +4,8 @@
 
 `FakeQuantize` is the function of one tensor, a module so that it can hold what is learned (`learn.py`) and be switched off.
 A prepared layer is the module that it was, of a class made on the spot that stands before its own: `FakeQuantizedLinear` is an
-nn.Linear. Inside its own forward `self.weight` reads as the fake-quantized weight; everywhere else it is the plain parameter, under
-its own name: for optimizers, FSDP, state_dict, whoever ties or merges weights. So any layer that reads its weights in its forward
+nn.Linear. Inside its own forward `self.weight` reads as the fake-quantized weight; elsewhere it is the plain parameter, under its
+own name: for optimizers, FSDP, state_dict, whoever ties or merges weights. So any layer that reads its weights in its forward
 can be prepared: linear layers, embeddings and their subclasses, convolutions, stacks of experts.
 
 Source: Jacob et al., arXiv 1712.05877, section 3 (simulated quantization).
