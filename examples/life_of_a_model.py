@@ -1,7 +1,7 @@
 """The life of one model: float weights, fine-tuning with quantized numbers, rivals without training, and what serves in the end.
 
     python examples/life_of_a_model.py                    the bundled model, text of Debian's documentation, 150 steps a format
-    python examples/life_of_a_model.py --short            a few minutes at most: two formats, few steps, text that the model writes itself
+    python examples/life_of_a_model.py --short            in a minute: two formats, few steps, text that the model writes itself
     python examples/life_of_a_model.py --record           also append to benchmarks/results/qat.csv
     python examples/life_of_a_model.py --start DIR        another float checkpoint to begin with (one pre-trained by
                                                           train_small_lm.py, say)
@@ -18,8 +18,8 @@ What happens, for each format of `FORMATS`:
 
     serve        saved, read again by lowp.load into transformers, which must say the same and writes a sentence
 
-The training text: documentation packages as in train_small_lm.py, a part of each, without the documents that the held-out text was
-drawn from (by the same hash) and without any paragraph of it. Without it (`--text self`, and in the short form) the float model
+The training text: documentation packages as in train_small_lm.py, a part of each, without the documents that the held-out text
+was drawn from (by the same hash) and without any paragraph of it. Without it (`--text self`, and in the short form) the model
 writes its own, beginning with the end token: data-free, as in LLM-QAT (arXiv 2305.17888, section 3.1).
 The token table, tied to the output layer, is int8/row in every row, trained with the rest; norms are trained as floats.
 """

@@ -4,8 +4,8 @@
     inside:  min - h_low <= v <= max + h_high,      h half a step of the element at either end (`Element.reach`)
 
 A number inside is brought to its value by rounding alone, one outside by clamping. A straight-through gradient passes the one
-and stops the other (`ops/fake_quantize.py`): the rule is stated here, on numbers, and depends on no derivative of torch's clamp, which
-differs between versions at the bounds themselves.
+and stops the other (`ops/fake_quantize.py`): the rule is stated here, on numbers, and depends on no derivative of torch's clamp,
+which differs between versions at the bounds themselves.
 
 Source: Esser et al., Learned Step Size Quantization, arXiv 1902.08153, equation 5.
 """

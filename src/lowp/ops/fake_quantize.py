@@ -14,9 +14,9 @@ With a scale (and zero point) that is learned, `fake_quantize_given`, the block'
                       q - zero_point          outside
     dy/dzero_point  = 0 inside,  -scale outside
 
-Under torch.compile both are operators of their own, `lowp::fake_quantize...`: fused into their neighbours, a scale's visit to bf16
-would be optimised away, and the numbers would no longer be those that are served. Nothing is saved for the backward but x, and
-not even that where no number can be clamped; scales are computed again.
+Both are operators of their own, `lowp::fake_quantize...`, under torch.compile too: fused into its neighbours, a scale's visit to
+bf16 would be optimised away, and the numbers would no longer be those that are served. Nothing is saved for the backward but x,
+and not even that where no number can be clamped; scales are computed again.
 
 Sources: Bengio et al., arXiv 1308.3432 (straight-through); Esser et al., LSQ, arXiv 1902.08153; Bhalgat et al., LSQ+, arXiv
 2004.09576 (zero points); Ma et al., BitNet b1.58, arXiv 2402.17764.

@@ -1,9 +1,9 @@
 """Quantization-aware training: prepare a model, train it, convert it."""
 
 from .convert import convert, disable, enable, prepare, start_after
-from .distill import distill
 from .fake import FakeQuantize
 from .learn import LearnedQuantize, LearnedRange
+from .loss import distill
 
 __all__ = [
     "FakeQuantize",
