@@ -14,12 +14,34 @@ Source: Jacob et al., arXiv 1712.05877, section 3 (simulated quantization).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..numerics import Format, Parts, quantize
+from ..numerics import Format, Parts, dequantize, quantize
+from ..numerics.reach import inside
 from ..ops.fake_quantize import check_clamp, fake_quantize
+
+Choose = Callable[[Tensor, Format], Parts]
+
+
+class _Chosen(torch.autograd.Function):
+    """Quantize by somebody else's choice of numbers, and dequantize; the gradient's rule is that of `ops/fake_quantize.py`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fmt: Format, choose: Choose, clamp: str) -> Tensor:
+        ctx.fmt, ctx.choose, ctx.clamp = fmt, choose, clamp
+        ctx.save_for_backward(x)
+        return dequantize(choose(x.detach(), fmt), fmt, x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        if ctx.clamp == "zero":
+            grad = torch.where(inside(x, ctx.choose(x.detach(), ctx.fmt), ctx.fmt), grad, 0)
+        return grad, None, None, None
 
 
 class FakeQuantize(nn.Module):
@@ -28,25 +50,32 @@ class FakeQuantize(nn.Module):
     Args:
         fmt: a Format or its spelling. clamp: "zero" stops the gradient of numbers that were clamped, "pass" lets it through;
             see `lowp.ops.fake_quantize`.
+        choose: (tensor, format) -> parts, such as a Method's `run`; absent, the format's own rule.
 
     >>> FakeQuantize("int4/row")(torch.tensor([[1.4, -7.0]]))
     tensor([[ 1., -7.]])
     """
 
-    def __init__(self, fmt: Format | str, *, clamp: str = "zero") -> None:
+    def __init__(self, fmt: Format | str, *, clamp: str = "zero", choose: Choose | None = None) -> None:
         super().__init__()
         check_clamp(clamp)
+        self.choose = choose
         self.format = Format.parse(fmt) if isinstance(fmt, str) else fmt
         self.clamp = clamp
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N, K) -> the same shape and dtype; x itself where switched off."""
-        return fake_quantize(x, self.format, clamp=self.clamp) if self.enabled else x
+        if not self.enabled:
+            return x
+        if self.choose is not None:
+            y: Tensor = _Chosen.apply(x, self.format, self.choose, self.clamp)
+            return y
+        return fake_quantize(x, self.format, clamp=self.clamp)
 
     def parts(self, x: Tensor) -> Parts:
         """What `forward` shows, as it is stored."""
-        return quantize(x, self.format)
+        return quantize(x, self.format) if self.choose is None else self.choose(x, self.format)
 
     def extra_repr(self) -> str:
         """The format, and what differs from the usual."""
