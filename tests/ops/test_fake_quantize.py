@@ -1,5 +1,6 @@
 """fake_quantize over the table of formats: forward bytes, the straight-through rule against a float64 oracle, learned scales."""
 
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,9 @@ from lowp.errors import MisfitError, SpellingError
 from lowp.numerics import Format, Scheme, dequantize, known_formats, quantize
 from lowp.numerics.math import quantize_given, read_scale
 from lowp.numerics.reach import clamps, inside
-from lowp.ops import fake_quantize, fake_quantize_given
+from lowp.ops import fake_quantize, fake_quantize_given, kernels_of
+from lowp.ops.cast import case_of_cast
+from lowp.ops.fake_quantize import grad_reference, reference
 
 MORE = {
     "int3/1x32", "int2/1x32*bf16", "int4/1x32~symmetric", "int4/1x32~noclip", "int2/1x32~mse", "uint4/1x32+uint8",
@@ -46,8 +49,23 @@ def per_element(per_block, fmt, shape):
     return per_block.repeat_interleave(bn, -2).repeat_interleave(bk, -1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("spelling", FORMATS)
+SOME = [
+    "int4/1x128*bf16",
+    "int4/1x64*bf16+int8",
+    "int2/1x32*bf16",
+    "e4m3/row",
+    "e2m1/1x32*e8m0",
+    "e2m1/1x16*e4m3/tensor",
+    "nf4/1x64*bf16",
+]
+
+
+@pytest.mark.parametrize(
+    ("spelling", "dtype"),
+    [(spelling, torch.float32) for spelling in FORMATS]
+    + [(spelling, dtype) for spelling in SOME for dtype in (torch.bfloat16, torch.float16)],
+    ids=str,
+)
 def test_forward_is_bit_for_bit_what_is_kept_and_gradients_follow_the_rule(spelling, dtype, device):
     fmt = Format.parse(spelling)
     x = numbers(dtype, device).requires_grad_()
@@ -152,15 +170,19 @@ def test_a_clamped_number_follows_its_scale_by_finite_differences():
         assert slope.item() == difference.item() == (7, -8)[column]
 
 
-@pytest.mark.parametrize("spelling", ["int4/1x32*bf16", "int2/1x32~mse", "e2m1/1x16*e4m3/tensor"])
-def test_compiled_forward_and_backward_are_those_of_eager(spelling):
-    fmt = Format.parse(spelling)
+def test_compiled_forward_and_backward_are_those_of_eager():
+    """Operators of their own: what is compiled shares the numbers with what is not, a bf16 scale's rounding included."""
+    formats = [Format.parse(spelling) for spelling in ("int4/1x32*bf16", "int2/1x32~mse", "e2m1/1x16*e4m3/tensor")]
+    learned = formats[0]
 
     def loss(x, scale):
-        return (fake_quantize(x * 2, fmt) * x + fake_quantize_given(x, fmt, scale)).square().sum()
+        y = fake_quantize_given(x, learned, scale)
+        for fmt in formats:
+            y = y + fake_quantize(x * 2, fmt) * x
+        return y.square().sum()
 
     x = torch.randn(32, 64)
-    scale = read_scale(quantize(x, fmt), fmt) * 0.7
+    scale = read_scale(quantize(x, learned), learned) * 0.7
     answers = []
     for run in (loss, torch.compile(loss, fullgraph=True)):
         leaves = x.clone().requires_grad_(), scale.clone().requires_grad_()
@@ -194,3 +216,66 @@ def test_errors_are_sentences():
         fake_quantize(torch.randn(2, 30), Format.parse("int4/1x32"))
     with pytest.raises((MisfitError, RuntimeError), match=r"expand|scale"):
         fake_quantize_given(torch.randn(2, 32), Format.parse("int4/1x32"), torch.ones(3, 1))
+
+
+# -- Triton -----------------------------------------------------------------------------------------------------------
+
+
+def fast(op, fmt, x):
+    """The kernels that can run a case, Triton's in the interpreter too."""
+    case = case_of_cast(op, x, fmt, None, None)
+    if x.device.type == "cpu":
+        case = dataclasses.replace(case, device="cuda", sm=90)
+    return [kernel for kernel in kernels_of(op) if not kernel.fallback and not kernel.why_not(case)]
+
+
+def same(a, b):
+    """The same numbers; one NaN is as good as another."""
+    return bool((a.isnan() & b.isnan() | (a == b)).all())
+
+
+IN_TRITON = [
+    "int4/1x128*bf16", "int4/1x96", "int8/row", "int8/tensor", "int3/1x32*bf16+bf16", "int2/1x32*bf16", "int4/1x32*fp16",
+    "int4/1x64*bf16+int8", "uint4/1x32+uint8", "int4/1x32~symmetric", "int8/32x32*bf16+fp32", "e4m3/row", "e5m2/row",
+    "e4m3/128x128", "e4m3/tensor", "e4m3/1x32*e8m0", "e4m3/1x32*e8m0~floor", "e2m1/1x32*e8m0~even", "e3m2/row",
+    "e2m1/1x16*e4m3/tensor", "e2m1/1x16*e4m3", "int8/1x32*e8m0", "int8/1x16*e4m3/tensor", "int8/1x32*fp32+fp16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spelling", "dtype"),
+    [(spelling, torch.bfloat16) for spelling in IN_TRITON]
+    + [(spelling, dtype) for spelling in IN_TRITON[::4] for dtype in (torch.float16, torch.float32)],
+    ids=str,
+)
+def test_triton_writes_the_numbers_and_gradients_of_the_reference(spelling, dtype, device, poison):
+    pytest.importorskip("triton", reason="needs Triton")
+    from lowp.kernels.triton_ import interpreted
+
+    if device.type == "cpu" and not interpreted():
+        pytest.skip("Triton's interpreter is off: a GPU is here")
+    fmt = Format.parse(spelling)
+    x = numbers(dtype, device)[:, : 192 if "96" in spelling else 256][: None if "128x128" in spelling else 32]
+    broken = x.clone()
+    broken[0, 5], broken[5, 7], broken[9, 3] = torch.nan, torch.inf, -torch.inf
+    for one in (x, broken, x.reshape(1, *x.shape)):
+        grad = torch.randn(one.shape, device=device).to(dtype)
+        ran = 0
+        for kernel in fast("fake_quantize", fmt, one):
+            ran += 1
+            assert same(kernel.run(one, fmt), reference(one, fmt))
+        for kernel in fast("fake_quantize_grad", fmt, one):
+            ran += 1
+            assert torch.equal(kernel.run(grad, one, fmt), grad_reference(grad, one, fmt))
+        assert ran == 2
+
+
+def test_triton_refuses_in_sentences_and_the_reference_takes_over(device):
+    pytest.importorskip("triton", reason="needs Triton")
+    x = torch.randn(32, 64, device=device)
+    for spelling in ("nf4/1x64*bf16", "int2/1x32~mse", "ternary/tensor*bf16", "nf4/1x64*int8/1x256", "bf16"):
+        case = dataclasses.replace(
+            case_of_cast("fake_quantize", x, Format.parse(spelling), None, None), device="cuda", sm=90
+        )
+        assert all(k.why_not(case).startswith("wants") for k in kernels_of("fake_quantize") if not k.fallback)
+        assert fake_quantize(x, Format.parse(spelling)).shape == x.shape

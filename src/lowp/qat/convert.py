@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from ..errors import MisfitError, QuantizedError, SpellingError
 from ..numerics import Format, Parts, Scheme
-from ..quantize import Method, Plan, Report, quantize_
+from ..quantize import Method, Plan, Report, quantize_, quantize_weight
 from ..quantize.apply import check_finite
 from ..quantize.match import PlanRow, Rules, Target, planned
-from .fake import FakeQuantize, is_prepared, prepare_module, restore_module
+from .fake import FakeQuantize, FakeQuantized, is_prepared, prepare_module, restore_module
 from .learn import LearnedQuantize, LearnedRange
+from .lora import Adapted, AdaptedQuantize, Lora
 
 LEARN = ("weight", "act")
 
@@ -35,6 +36,7 @@ def prepare(
     *,
     clamp: str = "zero",
     learn: str | Sequence[str] = (),
+    lora: Lora | None = None,
     enabled: bool = True,
     on_misfit: str = "error",
 ) -> Plan:
@@ -44,6 +46,7 @@ def prepare(
         model: any nn.Module with float weights. rules: a scheme, or patterns with schemes; see `lowp.quantize.match`.
         clamp: "zero": a weight that was clamped gets no gradient; "pass": it gets its own. See `lowp.ops.fake_quantize`.
         learn: what is learned beside the weights: "weight" (their scales, LSQ), "act" (one static scale for each activation).
+        lora: freeze the weights of linear layers and learn them through adapters, merged before they are quantized.
         enabled: False to train in floats until `enable`, or `start_after`.
         on_misfit: "error", or "skip" to leave a layer that cannot take its scheme in floats, with the reason in the plan.
 
@@ -78,9 +81,13 @@ def prepare(
     for target, row in rows:
         if row.scheme is not None and target.weight.device.type != "meta":
             check_finite(target.weight, target.fqn)
-    made = [(target, row, *_fakes(target, row, clamp, learn)) for target, row in rows if row.scheme is not None]
-    for module, names, scheme, weight, act in _by_module(model, made):
-        prepare_module(module, names, scheme, weight, act)
+    made = [(target, row, *_fakes(target, row, clamp, learn, lora)) for target, row in rows if row.scheme is not None]
+    for module, names, scheme, weight, act in list(_by_module(model, made)):
+        if isinstance(weight, AdaptedQuantize):
+            _freeze(module, lora.base if lora else None)
+        prepare_module(
+            module, names, scheme, weight, act, Adapted if isinstance(weight, AdaptedQuantize) else FakeQuantized
+        )
     if not enabled:
         disable(model)
     return Plan(rows=tuple(row for _, row in rows))
@@ -103,17 +110,31 @@ def _refused(target: Target, row: PlanRow, on_misfit: str) -> tuple[Target, Plan
     return target, dataclasses.replace(row, scheme=None, layout="", kernel="", fallback=False, why=f"skipped: {reason}")
 
 
+def _freeze(module: nn.Module, base: str | None) -> None:
+    """Keep a weight as it is, quantized where `base` says so."""
+    weight = module.get_parameter("weight")
+    kept = weight.detach() if base is None or weight.device.type == "meta" else quantize_weight(weight, base)
+    module.weight = nn.Parameter(kept, requires_grad=False)
+
+
 def _fakes(
-    target: Target, row: PlanRow, clamp: str, learn: tuple[str, ...]
+    target: Target, row: PlanRow, clamp: str, learn: tuple[str, ...], lora: Lora | None
 ) -> tuple[FakeQuantize, Callable[[], FakeQuantize | None]]:
     """The FakeQuantize of a weight, and what makes that of an activation: each layer of tied ones has its own."""
     scheme = Scheme.parse(str(row.scheme))
     matrix = target.weight.detach()
     matrix = matrix.flatten(1) if target.kind == "conv" else matrix.t() if target.kind == "conv1d" else matrix
     by_rule = "weight" not in learn or scheme.weight.is_identity
-    weight = (
-        FakeQuantize(scheme.weight, clamp=clamp) if by_rule else LearnedQuantize(scheme.weight, matrix, clamp=clamp)
-    )
+    if lora is not None and target.kind == "linear" and not target.tied:
+        if not by_rule:
+            raise MisfitError(
+                "lora and learn='weight' exclude each other: a merged weight takes its scales from itself."
+            )
+        weight: FakeQuantize = AdaptedQuantize(scheme.weight, matrix, lora, clamp=clamp)
+    elif by_rule:
+        weight = FakeQuantize(scheme.weight, clamp=clamp)
+    else:
+        weight = LearnedQuantize(scheme.weight, matrix, clamp=clamp)
     weight.to(target.weight.device)
 
     def act() -> FakeQuantize | None:
@@ -217,25 +238,41 @@ def convert(model: nn.Module, *, strict: bool = False) -> Report:
         )
     rules: dict[Any, str | None] = {}
     chosen: dict[int, Callable[[Tensor], Parts]] = {}
+    learned: list[tuple[Any, str, Tensor]] = []
     for path, module in found:
         act = _act_scale(module)
         for name in module.fake_names:
-            weight, fqn = module._parameters[name], f"{path}.{name}" if path else name
+            weight, fqn = _learned(module, name), f"{path}.{name}" if path else name
             _check_whole(weight, fqn)
             rules["re:" + re.escape(fqn)] = module.scheme
             if weight.data_ptr() not in chosen or act is not None:
                 chosen[weight.data_ptr()] = _run(module.fake_weight, act)
+            learned.append((module, name, weight))
+    for module, name, weight in learned:
+        if module._parameters[name] is not weight:
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
     for _, module in found:
         restore_module(module)
 
     def run(matrix: Tensor, fmt: Format) -> Parts:
         return chosen[matrix.data_ptr()](matrix)
 
-    learned = Method(name="qat", about="what training chose", run=run, why_not=lambda fmt: "", takes_any=True)
-    return quantize_(model, rules, method=learned, strict=strict)
+    method = Method(name="qat", about="what training chose", run=run, why_not=lambda fmt: "", takes_any=True)
+    return quantize_(model, rules, method=method, strict=strict)
+
+
+def _learned(module: Any, name: str) -> Tensor:
+    """The float weight that training came to: the parameter, or the base with its adapters merged."""
+    weight: Tensor = module._parameters[name]
+    if not isinstance(module, Adapted):
+        return weight
+    with torch.no_grad():
+        return module.fake_weight.merged(weight)
 
 
 def _run(fake: Any, act: Tensor | None) -> Callable[[Tensor], Parts]:
+    if isinstance(fake, AdaptedQuantize):
+        fake = FakeQuantize(fake.format)  # what comes in is merged
     return lambda matrix: fake.parts(matrix) if act is None else fake.parts(matrix).replace(act_scale=act)
 
 

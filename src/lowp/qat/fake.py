@@ -113,8 +113,8 @@ def as_tokens(fake: nn.Module, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def prepared_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The class of a prepared layer: `FakeQuantized`, then the layer's own; made once.
+def prepared_class(kind: type[nn.Module], names: tuple[str, ...], first: type = FakeQuantized) -> type[nn.Module]:
+    """The class of a prepared layer: `FakeQuantized` (or a kind of it), then the layer's own; made once.
 
     >>> prepared_class(nn.Linear, ("weight",)).__mro__[2]
     <class 'torch.nn.modules.linear.Linear'>
@@ -128,7 +128,7 @@ def prepared_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Mod
         return property(read)
 
     made = {name: reader(name) for name in names} | {"fake_names": names, "__module__": kind.__module__}
-    return type(f"FakeQuantized{kind.__name__}", (FakeQuantized, kind), made)
+    return type(f"{first.__name__}{kind.__name__}", (first, kind), made)
 
 
 def _values(module: Any, weight: Tensor) -> Tensor:
@@ -146,10 +146,15 @@ def is_turned(module: nn.Module) -> bool:
 
 
 def prepare_module(
-    module: nn.Module, names: tuple[str, ...], scheme: str, weight: nn.Module, act: nn.Module | None
+    module: nn.Module,
+    names: tuple[str, ...],
+    scheme: str,
+    weight: nn.Module,
+    act: nn.Module | None,
+    first: type = FakeQuantized,
 ) -> None:
     """Turn a layer into a prepared one, in place."""
-    module.__class__ = prepared_class(type(module), names)
+    module.__class__ = prepared_class(type(module), names, first)
     module._reading = False  # type: ignore[assignment]
     module.scheme = scheme  # type: ignore[assignment]
     module.fake_weight, module.fake_act = weight, act
@@ -159,7 +164,7 @@ def restore_module(module: nn.Module) -> None:
     """Turn a prepared layer into what it was, in place."""
     for name in ("fake_weight", "fake_act", "scheme", "_reading"):
         delattr(module, name)
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = type(module).__bases__[1]
 
 
 def is_prepared(module: nn.Module) -> bool:

@@ -37,16 +37,14 @@ from .rounding import (
     TINY,
     at_least,
     bits_of,
-    e8m0_code,
-    e8m0_value,
     encode,
-    float_of,
     quotient,
     rounded,
     stored_scale,
     to_bf16,
     widen,
 )
+from .scales import amax_of, largest_of, outer_scale, power_scale, range_scale
 
 _WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
@@ -55,12 +53,6 @@ _PROGRAMS = 512  # at most, that look for the largest magnitude of a tensor
 CODES, VALUES, AS_FLOAT, INTERLEAVED = 0, 1, 2, 3
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _largest(part_ptr, parts, PARTS: tl.constexpr):
-    lane = tl.arange(0, PARTS)
-    return float_of(tl.max(tl.load(part_ptr + lane, mask=lane < parts, other=0), axis=0))
 
 
 @triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["pre_ptr"])
@@ -106,7 +98,7 @@ def _cast_kernel(
 ):  # fmt: skip
     """One tile. ACROSS: scales stand (K/G, rows). TENSOR: blocks only cut the work, one scale serves all.
 
-    MODE: 0 codes, 1 values, 2 codes as floats, 3 interleaved. FILL: so many numbers are set to zero. The rest is `_constants`."""
+    MODE: 0 codes, 1 values, 2 codes as floats, 3 interleaved. FILL: so many numbers become zero. The rest is `constants_of`."""
     begin(EARLY)
     block = tl.program_id(0) * RB + tl.arange(0, RB)
     lane = tl.arange(0, GP)
@@ -126,38 +118,25 @@ def _cast_kernel(
     outer = 1.0
     largest = 0.0
     if PARTS:
-        largest = _largest(part_ptr, parts, PARTS)
+        largest = largest_of(part_ptr, parts, PARTS)
     if SCALE == 5:
-        outer = tl.div_rn(largest, OUTER)
-        outer = tl.where(outer == 0.0, 1.0, at_least(outer, 2.0**-120))  # TINY / 2**-6
+        outer = outer_scale(largest, OUTER)
 
+    zero = 0.0
     if ZERO:
-        low, high = tl.min(tl.minimum(x, 0.0), axis=1), tl.max(tl.maximum(x, 0.0), axis=1)
-        lost = tl.max(bits_of(x) & 0x7FFFFFFF, axis=1) > 0x7F800000  # NaN, which a minimum forgets
-        low, high = tl.where(lost, float("nan"), low), tl.where(lost, float("nan"), high)
-        whole = high - low
-        steps: tl.constexpr = QMAX - QMIN
-        scale = tl.where(whole == float("inf"), tl.div_rn(high, steps) - tl.div_rn(low, steps), tl.div_rn(whole, steps))
+        stored, value, inverse, zero = range_scale(x, outer, SCALE, QMIN, QMAX, 1)
+    elif STATIC:
+        scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
         stored, value, inverse = stored_scale(scale, outer, SCALE)
-        zero = QMIN - (tl.div_rn(low, value) + MAGIC - MAGIC)
-        zero = tl.where(zero == zero, tl.minimum(tl.maximum(zero, QMIN), QMAX), 0.0)
     else:
-        if TENSOR and not STATIC:
+        if TENSOR:
             amax = tl.full((RB,), 0.0, tl.float32) + largest
         else:
-            amax = float_of(tl.max(bits_of(x) & 0x7FFFFFFF, axis=1))
+            amax = amax_of(x)
         if SCALE == 4:
-            stored = e8m0_code(amax, RULE, EMAX, ABOVE, KIND == 0)
-            value = e8m0_value(stored)
-            inverse = tl.where(
-                stored == 0xFF, float("nan"), float_of(tl.where(stored == 0xFE, 0x00400000, (254 - stored) << 23))
-            )
+            stored, value, inverse = power_scale(amax, RULE, EMAX, ABOVE, KIND == 0)
         else:
-            scale = tl.div_rn(amax, LARGEST)
-            if STATIC:
-                scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
-            stored, value, inverse = stored_scale(scale, outer, SCALE)
-        zero = 0.0
+            stored, value, inverse = stored_scale(tl.div_rn(amax, LARGEST), outer, SCALE)
 
     if RECIPROCAL:
         q = x * inverse[:, None]
@@ -270,7 +249,7 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
     scale_dtype = ELEMENTS[scale].dtype
     return Plan(
         fmt=fmt,
-        constants=_constants(fmt, sm),
+        constants=constants_of(fmt, sm),
         group=group,
         padded=padded,
         blocks=blocks,
@@ -287,7 +266,8 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
     )
 
 
-def _constants(fmt: Format, sm: int) -> tuple[Any, ...]:
+def constants_of(fmt: Format, sm: int) -> tuple[Any, ...]:
+    """What a kernel is told about a format, in the order of `_cast_kernel`, from KIND on."""
     element, rule = fmt.element, RULES[fmt.rule]
     integer = element.kind == "int"
     native = {"e4m3": 1, "e5m2": 2}.get(element.name, 3) if sm >= 89 and not interpreted() else 3
@@ -356,7 +336,7 @@ def cast_tensors(
     if x_MK.stride(1) != 1 or (tokens > 1 and x_MK.stride(0) % 16) or (plan.needs_amax and not x_MK.is_contiguous()):
         x_MK = x_MK.contiguous()
     pre_scale = None if pre_scale is None else pre_scale.contiguous()
-    parts, count = _amax(x_MK, plan, pre_scale, mode) if plan.needs_amax and act_scale is None else (None, 0)
+    parts, count = amax(x_MK, pre_scale, mode) if plan.needs_amax and act_scale is None else (None, 0)
     coded = mode in (CODES, INTERLEAVED)
     codes = torch.empty(rows, columns, dtype=plan.code_dtype if coded else out_dtype, device=device)
     scale = zero = outer = None
@@ -396,7 +376,8 @@ def _empty_scale(plan: Plan, rows: int, across: bool, device: torch.device) -> T
     return torch.empty(rows, plan.per_row, dtype=plan.scale_dtype, device=device)
 
 
-def _amax(x_MK: Tensor, plan: Plan, pre_scale: Tensor | None, mode: int) -> tuple[Tensor, int]:
+def amax(x_MK: Tensor, pre_scale: Tensor | None, mode: int) -> tuple[Tensor, int]:
+    """Start the kernel that looks for a tensor's largest magnitude: its answers as bits, and how many there are."""
     total, device = x_MK.numel(), x_MK.device
     count = min(_PROGRAMS, -(-total // _TILE))
     parts = torch.empty(_PROGRAMS, dtype=torch.int32, device=device)
