@@ -100,6 +100,28 @@ def test_the_converted_model_says_what_the_prepared_one_said(scheme, learn):
     assert error < (2e-2 if "e2m1" in scheme else 1e-4), error  # a code may flip where sums are added in another order
 
 
+def test_a_prepared_model_keeps_no_more_for_its_backward():
+    """x and W alone: what fake quantization makes is made again."""
+    x, kept = torch.randn(8, 256), {}
+    for scheme in (None, *ACTS):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256))
+        if scheme:
+            qat.prepare(model, scheme)
+        own, sizes = {p.data_ptr() for p in model.parameters()}, {}
+
+        def keep(t, own=own, sizes=sizes):
+            if t.data_ptr() not in own:
+                sizes[t.data_ptr()] = t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = model(x)
+        kept[scheme] = sum(sizes.values())
+        del y
+    assert set(kept.values()) == {kept[None]}
+
+
 def test_rules_matching_and_report_are_those_of_quantize():
     rules = {"up": None, "table": "int8/row", "re:.*down": "int4/1x32"}
     model = Tied()

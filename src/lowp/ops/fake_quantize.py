@@ -61,6 +61,23 @@ def fake_quantize(x: Tensor, fmt: Format, *, clamp: str = "zero") -> Tensor:
     return y
 
 
+def fake_quantize_again(x: Tensor, fmt: Format) -> Tensor:
+    """The values of `fake_quantize`, without a gradient: made anew in a backward rather than kept from the forward.
+
+    An operator of another name, so that a compiler does not find it in the forward's graph and keep that result after all.
+    """
+    y: Tensor = torch.ops.lowp.fake_quantize_again(x, str(fmt))
+    return y
+
+
+def stopped(grad: Tensor, x: Tensor, fmt: Format, clamp: str) -> Tensor:
+    """The gradient of `fake_quantize` at x: `grad`, zero where x was clamped unless clamp is "pass"."""
+    if clamp == "pass" or not clamps(fmt):
+        return grad
+    answer: Tensor = torch.ops.lowp.fake_quantize_grad(grad, x, str(fmt))
+    return answer
+
+
 def fake_quantize_given(
     x: Tensor, fmt: Format, scale: Tensor, zero_point: Tensor | None = None, *, clamp: str = "zero"
 ) -> Tensor:
@@ -135,7 +152,7 @@ def _kernel(op: str, x: Tensor, fmt: Format) -> Callable[..., Tensor]:
     return pick(case_of_cast(op, x, fmt, None, None)).run
 
 
-def _run(x: Tensor, fmt: str, clamp: str) -> Tensor:
+def _run(x: Tensor, fmt: str, clamp: str = "zero") -> Tensor:
     parsed = Format.parse(fmt)
     y = _kernel("fake_quantize", x, parsed)(x, parsed)
     return y.clone() if y is x else y  # an identity float of the same dtype: an operator answers no alias
@@ -197,6 +214,7 @@ _LIBRARY = torch.library.Library("lowp", "FRAGMENT")
 def _define() -> None:
     rows: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
         ("fake_quantize", "(Tensor x, str fmt, str clamp) -> Tensor", _run, _like_first),
+        ("fake_quantize_again", "(Tensor x, str fmt) -> Tensor", _run, _like_first),
         ("fake_quantize_grad", "(Tensor grad, Tensor x, str fmt) -> Tensor", _grad_run, _like_first),
         (
             "fake_quantize_given",

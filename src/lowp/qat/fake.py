@@ -8,6 +8,9 @@ nn.Linear. Inside its own forward `self.weight` reads as the fake-quantized weig
 own name: for optimizers, FSDP, state_dict, whoever ties or merges weights. So any layer that reads its weights in its forward
 can be prepared: linear layers, embeddings and their subclasses, convolutions, stacks of experts.
 
+nn.Linear's own forward is one function here, which keeps x and W for its backward and quantizes both again there: what a model
+keeps between forward and backward is the same, prepared or not.
+
 Source: Jacob et al., arXiv 1712.05877, section 3 (simulated quantization).
 """
 
@@ -15,14 +18,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..numerics import Format, Parts, dequantize, quantize
 from ..numerics.reach import inside
-from ..ops.fake_quantize import check_clamp, fake_quantize
+from ..ops.fake_quantize import check_clamp, fake_quantize, fake_quantize_again, stopped
 
 Choose = Callable[[Tensor, Format], Parts]
 
@@ -42,6 +47,63 @@ class _Chosen(torch.autograd.Function):
         if ctx.clamp == "zero":
             grad = torch.where(inside(x, ctx.choose(x.detach(), ctx.fmt), ctx.fmt), grad, 0)
         return grad, None, None, None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A format and what becomes of the gradient of numbers that were clamped."""
+
+    fmt: Format
+    clamp: str
+
+    def values(self, x: Tensor) -> Tensor:
+        """Fake-quantized, for a forward."""
+        return fake_quantize(x, self.fmt)
+
+    def again(self, x: Tensor) -> Tensor:
+        """The same, for a backward."""
+        return fake_quantize_again(x, self.fmt)
+
+    def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """The gradient at x."""
+        return stopped(grad, x, self.fmt, self.clamp)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer of fake-quantized operands that keeps the operands themselves: both are quantized again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, w_NK: Tensor, bias_N: Tensor | None, weight: Rule, act: Rule | None) -> Tensor:
+        ctx.weight, ctx.act, ctx.low = weight, act, autocast_dtype(x_MK)
+        ctx.save_for_backward(x_MK, w_NK)
+        ctx.bias_dtype = None if bias_N is None else bias_N.dtype
+        with torch.autocast(x_MK.device.type, enabled=False):
+            seen = x_MK if act is None else act.values(x_MK)
+            return F.linear(*(None if t is None else cast(t, ctx.low) for t in (seen, weight.values(w_NK), bias_N)))  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (x_MK, w_NK), weight, act = ctx.saved_tensors, ctx.weight, ctx.act
+        grad_x = grad_w = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_MN @ cast(weight.again(w_NK), ctx.low)).to(x_MK.dtype)
+            grad_x = grad_x if act is None else act.gradient(grad_x, x_MK)
+        if ctx.needs_input_grad[1]:
+            seen = cast(x_MK if act is None else act.again(x_MK), ctx.low)
+            grad_w = weight.gradient((grad_MN.T @ seen).to(w_NK.dtype), w_NK)
+        if ctx.needs_input_grad[2]:
+            grad_b = grad_MN.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_w, grad_b, None, None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What a product of x computes in where autocast is on; None where it is off."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+
+
+def cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x in a dtype, or as it is."""
+    return x if dtype is None else x.to(dtype)
 
 
 class FakeQuantize(nn.Module):
@@ -95,9 +157,15 @@ class FakeQuantized:
     fake_weight: nn.Module
     fake_act: nn.Module | None
     _reading: bool
+    _fused: bool
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own, with its weights, and its input where the scheme says so, fake-quantized."""
+        if self._fused and self.fake_weight.enabled:  # one fake quantizer is switched with the other
+            parameters = self._parameters  # type: ignore[attr-defined]
+            rules = rule_of(self.fake_weight), rule_of(self.fake_act)
+            y = _Linear.apply(x.reshape(-1, x.shape[-1]), parameters["weight"], parameters["bias"], *rules)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
         if self.fake_act is not None:
             x = as_tokens(self.fake_act, x)
         self._reading = True
@@ -105,6 +173,11 @@ class FakeQuantized:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._reading = False
+
+
+def rule_of(fake: Any) -> Rule | None:
+    """What a FakeQuantize does, as plain values."""
+    return None if fake is None else Rule(fake.format, fake.clamp)
 
 
 def as_tokens(fake: nn.Module, x: Tensor) -> Tensor:
@@ -156,13 +229,18 @@ def prepare_module(
     """Turn a layer into a prepared one, in place."""
     module.__class__ = prepared_class(type(module), names, first)
     module._reading = False  # type: ignore[assignment]
+    module._fused = (  # type: ignore[assignment]
+        type(module).forward is FakeQuantized.forward
+        and type(module).__bases__[1].forward is nn.Linear.forward
+        and all(type(fake) is FakeQuantize and fake.choose is None for fake in (weight, act) if fake is not None)
+    )
     module.scheme = scheme  # type: ignore[assignment]
     module.fake_weight, module.fake_act = weight, act
 
 
 def restore_module(module: nn.Module) -> None:
     """Turn a prepared layer into what it was, in place."""
-    for name in ("fake_weight", "fake_act", "scheme", "_reading"):
+    for name in ("fake_weight", "fake_act", "scheme", "_reading", "_fused"):
         delattr(module, name)
     module.__class__ = type(module).__bases__[1]
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from ..errors import MisfitError
 from ..numerics import Format, Parts, quantize
 from ..numerics.reach import clamps
-from ..ops.fake_quantize import fake_quantize
+from ..ops.fake_quantize import fake_quantize, fake_quantize_again
 from ..tensor import QTensor
-from .fake import FakeQuantize, FakeQuantized, as_tokens
+from .fake import FakeQuantize, FakeQuantized, Rule, as_tokens, autocast_dtype, cast, rule_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,22 +93,29 @@ class _LowRank(torch.autograd.Function):
     """The product with a fake-quantized merged weight, where no number of it can be clamped."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, a: Tensor, b: Tensor, weight: Tensor, fmt: Format, scaling: float) -> Tensor:
-        ctx.fmt, ctx.scaling = fmt, scaling
+    def forward(
+        ctx: Any, x_MK: Tensor, a: Tensor, b: Tensor, weight: Tensor, fmt: Format, act: Rule | None, scaling: float
+    ) -> Tensor:
+        ctx.fmt, ctx.act, ctx.scaling, ctx.low = fmt, act, scaling, autocast_dtype(x_MK)
         ctx.save_for_backward(x_MK, a, b, weight)
-        return F.linear(x_MK, fake_quantize(_merged(weight, a, b, scaling), fmt).to(x_MK.dtype))
+        with torch.autocast(x_MK.device.type, enabled=False):
+            seen, values = x_MK if act is None else act.values(x_MK), fake_quantize(_merged(weight, a, b, scaling), fmt)
+            return F.linear(cast(seen, ctx.low), cast(values, ctx.low))
 
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x_MK, a, b, weight = ctx.saved_tensors
+        act, scaling, low = ctx.act, ctx.scaling, ctx.low
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_MN @ fake_quantize(_merged(weight, a, b, ctx.scaling), ctx.fmt).to(grad_MN.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_a = ((grad_MN @ b.to(grad_MN.dtype)).T @ x_MK).mul_(ctx.scaling).to(a.dtype)
-        if ctx.needs_input_grad[2]:
-            grad_b = (grad_MN.T @ (x_MK @ a.to(x_MK.dtype).T)).mul_(ctx.scaling).to(b.dtype)
-        return grad_x, grad_a, grad_b, None, None, None
+            values = fake_quantize_again(_merged(weight, a, b, scaling), ctx.fmt)
+            grad_x = (grad_MN @ cast(values, low)).to(x_MK.dtype)
+            grad_x = grad_x if act is None else act.gradient(grad_x, x_MK)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            seen = cast(x_MK if act is None else act.again(x_MK), low)
+            grad_a = ((grad_MN @ cast(b, low)).T @ seen).mul_(scaling).to(a.dtype)
+            grad_b = (grad_MN.T @ (seen @ cast(a, low).T)).mul_(scaling).to(b.dtype)
+        return grad_x, grad_a, grad_b, None, None, None, None
 
 
 class Adapted(FakeQuantized):
@@ -118,17 +125,13 @@ class Adapted(FakeQuantized):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
-        if self.fake_act is not None:
-            x = as_tokens(self.fake_act, x)
-        fake, weight = self.fake_weight, self._parameters["weight"]  # type: ignore[attr-defined]
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = self.bias  # type: ignore[attr-defined]
-        if fake.enabled and (fake.clamp == "pass" or not clamps(fake.format)):
-            with torch.autocast(x.device.type, enabled=False):
-                y = _LowRank.apply(
-                    x.reshape(-1, x.shape[-1]), fake.lora_a, fake.lora_b, weight, fake.format, fake.scaling
-                )
+        fake, act = self.fake_weight, self.fake_act
+        weight, bias = self._parameters["weight"], self.bias  # type: ignore[attr-defined]
+        plain = act is None or type(act) is FakeQuantize
+        if fake.enabled and plain and (fake.clamp == "pass" or not clamps(fake.format)):
+            y = _LowRank.apply(
+                x.reshape(-1, x.shape[-1]), fake.lora_a, fake.lora_b, weight, fake.format, rule_of(act), fake.scaling
+            )
             y = y.reshape(*x.shape[:-1], y.shape[-1])
             return y if bias is None else y + bias.to(y.dtype)
-        return F.linear(x, fake(weight), bias)
+        return F.linear(x if act is None else as_tokens(act, x), fake(weight), bias)

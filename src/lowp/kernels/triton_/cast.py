@@ -122,13 +122,14 @@ def _cast_kernel(
     if SCALE == 5:
         outer = outer_scale(largest, OUTER)
 
-    zero = 0.0
     if ZERO:
         stored, value, inverse, zero = range_scale(x, outer, SCALE, QMIN, QMAX, 1)
     elif STATIC:
         scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
         stored, value, inverse = stored_scale(scale, outer, SCALE)
+        zero = 0.0
     else:
+        zero = 0.0
         if TENSOR:
             amax = tl.full((RB,), 0.0, tl.float32) + largest
         else:

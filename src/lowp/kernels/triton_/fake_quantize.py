@@ -59,10 +59,10 @@ def _fake_kernel(
         largest = largest_of(part_ptr, parts, PARTS)
     if SCALE == 5:
         outer = outer_scale(largest, OUTER)
-    zero = 0.0
     if ZERO:
         _, value, inverse, zero = range_scale(x, outer, SCALE, QMIN, QMAX, ZERO)
     else:
+        zero = 0.0
         if TENSOR:
             top = tl.full((RB,), 0.0, tl.float32) + largest
         else:
