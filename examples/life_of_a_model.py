@@ -3,8 +3,8 @@
     python examples/life_of_a_model.py                    the bundled model, text of Debian's documentation, 150 steps a format
     python examples/life_of_a_model.py --short            in a minute: two formats, few steps, text that the model writes itself
     python examples/life_of_a_model.py --record           also append to benchmarks/results/qat.csv
-    python examples/life_of_a_model.py --start DIR        another float checkpoint to begin with (one pre-trained by
-                                                          train_small_lm.py, say)
+    python examples/life_of_a_model.py --start DIR        another float checkpoint to begin with
+    python examples/life_of_a_model.py --pretrain 3000    its shape alone: learn the weights from the text first
 
 What happens, for each format of `FORMATS`:
 
@@ -125,6 +125,36 @@ def batches(ids: torch.Tensor, batch: int, context: int, generator: torch.Genera
 
 
 # -- train ------------------------------------------------------------------------------------------------------------
+
+
+def pretrain(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> None:
+    """Forget the checkpoint's weights and learn from the text anew, in place: bf16 products, float32 weights.
+
+    `--precision float8` is for lowp.train: it takes the place of autocast here once that room is there.
+    """
+    if args.precision != "bf16":
+        raise SystemExit(f"--precision {args.precision} wants lowp.train, which is not there yet: use bf16")
+    torch.manual_seed(args.seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=model.config.initializer_range)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.pretrain_lr, betas=(0.9, 0.95), weight_decay=0.1)
+    stream = batches(ids, args.batch, args.context + 1, torch.Generator().manual_seed(args.seed + 1))
+    model.train()
+    for step in range(args.pretrain):
+        for group in optimizer.param_groups:
+            group["lr"] = args.pretrain_lr * max(pace((step + 1) / args.pretrain), 1e-3)
+        batch_BT = next(stream)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=batch_BT[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch_BT[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % max(args.pretrain // 10, 1) == 0:
+            print(f"  step {step + 1:4d}  loss {loss.item():.4f}", flush=True)
+    model.eval()
 
 
 def groups(model: Any, lr: float) -> list[dict[str, Any]]:
@@ -248,6 +278,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--heldout", type=Path, help="held-out text; heldout.txt of the bundled model if absent")
     p.add_argument("--text", choices=("documentation", "self"), help="what is trained on; documentation unless --short")
     p.add_argument("--work", type=Path, default=ROOT / "build" / "lm", help="where the documentation is kept")
+    p.add_argument(
+        "--pretrain", type=int, default=0, help="train the float model from random weights first, so many steps"
+    )
+    p.add_argument("--precision", choices=("bf16", "float8"), default="bf16", help="of --pretrain")
+    p.add_argument("--pretrain-lr", type=float, default=3e-3)
     p.add_argument("--cases", help="only the formats whose name has one of these words, by commas")
     p.add_argument("--steps", type=int, default=150)
     p.add_argument("--batch", type=int, default=4)
@@ -283,6 +318,8 @@ def main(words: list[str] | None = None) -> list[Evaluation]:
         f"{args.start.name}: {sum(p.numel() for p in original.parameters()) / 1e6:.2f} M parameters, {len(ids)} to train on"
     )
 
+    if args.pretrain:
+        pretrain(original, ids, args)
     models: dict[str, tuple[Any, Any]] = {}
     for case in cases:
         print(f"{case.name}  {case.scheme}", flush=True)

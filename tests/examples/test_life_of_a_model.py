@@ -58,3 +58,20 @@ def test_its_pieces(life):
         )
 
     assert life.shares([one("a, absmax", 12.0), one("a, QAT", 10.5)]) == {"a, absmax": 0.0, "a, QAT": 0.75}
+
+
+def test_pretraining_learns_and_float8_says_what_it_wants(life):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config), torch.arange(400, dtype=torch.int32) % 7
+    args = life.arguments(["--pretrain", "30", "--batch", "4", "--context", "16", "--pretrain-lr", "0.01"])
+    life.pretrain(model, ids, args)
+    line = ids[None, :17].long()
+    logits = model(input_ids=line[:, :-1]).logits
+    assert torch.nn.functional.cross_entropy(logits[0], line[0, 1:]) < 0.5
+    with pytest.raises(SystemExit, match=r"lowp\.train"):
+        life.pretrain(model, ids, life.arguments(["--pretrain", "1", "--precision", "float8"]))

@@ -44,7 +44,7 @@ from .rounding import (
     to_bf16,
     widen,
 )
-from .scales import amax_of, largest_of, outer_scale, power_scale, range_scale
+from .scales import block_scale
 
 _WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
@@ -115,29 +115,13 @@ def _cast_kernel(
         if tl.program_id(0) == 0:
             tl.store(fill_ptr + tl.arange(0, FILL), tl.zeros((FILL,), dtype=tl.int32))
 
-    outer = 1.0
-    largest = 0.0
-    if PARTS:
-        largest = largest_of(part_ptr, parts, PARTS)
-    if SCALE == 5:
-        outer = outer_scale(largest, OUTER)
-
-    if ZERO:
-        stored, value, inverse, zero = range_scale(x, outer, SCALE, QMIN, QMAX, 1)
-    elif STATIC:
+    if STATIC:
         scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
-        stored, value, inverse = stored_scale(scale, outer, SCALE)
-        zero = 0.0
+        stored, value, inverse = stored_scale(scale, 1.0, SCALE)
     else:
-        zero = 0.0
-        if TENSOR:
-            amax = tl.full((RB,), 0.0, tl.float32) + largest
-        else:
-            amax = amax_of(x)
-        if SCALE == 4:
-            stored, value, inverse = power_scale(amax, RULE, EMAX, ABOVE, KIND == 0)
-        else:
-            stored, value, inverse = stored_scale(tl.div_rn(amax, LARGEST), outer, SCALE)
+        stored, value, inverse, zero, outer = block_scale(
+            x, part_ptr, parts, PARTS, TENSOR, ZERO, QMIN, QMAX, LARGEST, SCALE, RULE, EMAX, ABOVE, OUTER, KIND == 0
+        )
 
     if RECIPROCAL:
         q = x * inverse[:, None]
@@ -207,6 +191,7 @@ class Plan:
     nested: bool
 
 
+_ZEROS = {None: 0, "int8": 1, "uint8": 1, "int32": 1, "fp32": 2, "bf16": 3, "fp16": 4}
 _SCALES = {"fp32": 0, "bf16": 1, "fp16": 2, "e4m3": 3, "e8m0": 4}
 _RULES = {"floor": 0, "ceil": 1, "rceil": 2, "even": 3}
 _POWERS = ("floor", "ceil", "rceil", "even")
@@ -280,7 +265,7 @@ def constants_of(fmt: Format, sm: int) -> tuple[Any, ...]:
     return (
         0 if integer else native, element.mbits, 128 - element.bias, element.max, element.bits, element.specials != "none",
         float(element.qmin) if integer else 0.0, float(element.qmax) if integer else 0.0, float(largest),
-        rule.reciprocal or fmt.nested is not None or fmt.scale in ("e4m3", "e8m0"), fmt.zero_point is not None,
+        rule.reciprocal or fmt.nested is not None or fmt.scale in ("e4m3", "e8m0"), _ZEROS[fmt.zero_point],
         5 if fmt.nested else _SCALES[str(fmt.scale)], _RULES.get(fmt.rule, 0), element.emax, above, 448.0 * element.largest,
     )  # fmt: skip
 

@@ -26,22 +26,21 @@ from ...ops.registry import Case, Kernel, device_capability
 from . import why_not_portable
 from .cast import VALUES, amax, constants_of
 from .launch import aligned, begin, launch
-from .rounding import MAGIC, TINY, at_least, encode, quotient, stored_scale, to_bf16, widen
-from .scales import amax_of, largest_of, outer_scale, power_scale, range_scale
+from .rounding import MAGIC, TINY, at_least, encode, quotient, to_bf16, widen
+from .scales import block_scale
 
 _WIDEST = 65536  # numbers of a block that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
-_ZEROS = {None: 0, "int8": 1, "uint8": 1, "int32": 1, "fp32": 2, "bf16": 3, "fp16": 4}
 
 
 @triton.jit(do_not_specialize=["blocks", "parts"], do_not_specialize_on_alignment=["part_ptr"])
 def _fake_kernel(
     x_ptr, grad_ptr, out_ptr, part_ptr, blocks, K, parts,
     G: tl.constexpr, SIZE: tl.constexpr, GP: tl.constexpr, RB: tl.constexpr, BPR: tl.constexpr, GRAD: tl.constexpr,
-    TENSOR: tl.constexpr, PARTS: tl.constexpr, ZERO: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    TENSOR: tl.constexpr, PARTS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     KIND: tl.constexpr, MBITS: tl.constexpr, LOWEST: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr,
     NAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, LARGEST: tl.constexpr, RECIPROCAL: tl.constexpr,
-    SCALE: tl.constexpr, RULE: tl.constexpr, EMAX: tl.constexpr, ABOVE: tl.constexpr, OUTER: tl.constexpr,
+    ZERO: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr, EMAX: tl.constexpr, ABOVE: tl.constexpr, OUTER: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile. TENSOR: blocks only cut the work, one scale serves all. GRAD: write the gradient. The rest is `constants_of`."""
@@ -53,25 +52,9 @@ def _fake_kernel(
     mask = (block[:, None] < blocks) & (lane[None, :] < SIZE)
     x = widen(tl.load(x_ptr + at, mask=mask, other=0.0))
 
-    outer = 1.0
-    largest = 0.0
-    if PARTS:
-        largest = largest_of(part_ptr, parts, PARTS)
-    if SCALE == 5:
-        outer = outer_scale(largest, OUTER)
-    if ZERO:
-        _, value, inverse, zero = range_scale(x, outer, SCALE, QMIN, QMAX, ZERO)
-    else:
-        zero = 0.0
-        if TENSOR:
-            top = tl.full((RB,), 0.0, tl.float32) + largest
-        else:
-            top = amax_of(x)
-        if SCALE == 4:
-            _, value, inverse = power_scale(top, RULE, EMAX, ABOVE, KIND == 0)
-        else:
-            _, value, inverse = stored_scale(tl.div_rn(top, LARGEST), outer, SCALE)
-
+    _, value, inverse, zero, _ = block_scale(
+        x, part_ptr, parts, PARTS, TENSOR, ZERO, QMIN, QMAX, LARGEST, SCALE, RULE, EMAX, ABOVE, OUTER, KIND == 0
+    )
     if GRAD:
         v = x * inverse[:, None]
         if ZERO:
@@ -109,7 +92,7 @@ class Plan:
 
     Args:
         rows, columns: of a block. tile: blocks of a program. warps: of a program. tensor: one scale for all; blocks cut the work.
-        constants: of `_fake_kernel`, those that the format decides, from ZERO on.
+        constants: of `_fake_kernel`, those that the format decides, from LOW on.
     """
 
     rows: int
@@ -128,8 +111,6 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
     rows, wide = _block(fmt, columns)
     padded = triton.next_power_of_2(rows * wide)
     tile = max(1, _TILE // padded)
-    told = list(constants_of(fmt, sm))
-    del told[10]  # whether there is a zero point: ZERO says which
     return Plan(
         rows=rows,
         columns=wide,
@@ -137,7 +118,7 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
         warps=max(4, min(32 if padded > 32768 else 16, tile * padded // 1024)),
         tensor=tensor,
         needs_amax=tensor or fmt.nested is not None,
-        constants=(_ZEROS[fmt.zero_point], *fmt.element.reach, *told),
+        constants=(*fmt.element.reach, *constants_of(fmt, sm)),
     )
 
 

@@ -64,3 +64,33 @@ def range_scale(x, outer, SCALE: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.cons
         zero = tl.where(zero == zero, tl.minimum(tl.maximum(zero, QMIN), QMAX), zero)
         zero = rounded(zero, ZERO - 2)
     return stored, value, inverse, zero
+
+
+@triton.jit
+def block_scale(
+    x, part_ptr, parts, PARTS: tl.constexpr, TENSOR: tl.constexpr, ZERO: tl.constexpr, QMIN: tl.constexpr,
+    QMAX: tl.constexpr, LARGEST: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr, EMAX: tl.constexpr,
+    ABOVE: tl.constexpr, OUTER: tl.constexpr, INTEGER: tl.constexpr,
+):  # fmt: skip
+    """Scale as stored, its value and inverse, the zero point, and the scale of the scales, by the format's own rule.
+
+    PARTS: of the tensor's largest magnitude, 0 where nobody asks. TENSOR: one scale for all. The rest: `cast.constants_of`."""
+    outer = 1.0
+    largest = 0.0
+    if PARTS:
+        largest = largest_of(part_ptr, parts, PARTS)
+    if SCALE == 5:
+        outer = outer_scale(largest, OUTER)
+    if ZERO:
+        stored, value, inverse, zero = range_scale(x, outer, SCALE, QMIN, QMAX, ZERO)
+    else:
+        zero = 0.0
+        if TENSOR:
+            amax = tl.full((x.shape[0],), 0.0, tl.float32) + largest
+        else:
+            amax = amax_of(x)
+        if SCALE == 4:
+            stored, value, inverse = power_scale(amax, RULE, EMAX, ABOVE, INTEGER)
+        else:
+            stored, value, inverse = stored_scale(tl.div_rn(amax, LARGEST), outer, SCALE)
+    return stored, value, inverse, zero, outer
