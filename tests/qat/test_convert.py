@@ -206,9 +206,10 @@ class Scaled(nn.Embedding):
     [
         (lambda: Scaled(32, 64), torch.arange(5), "int4/1x32"),
         (lambda: nn.Conv2d(4, 8, 3), torch.randn(1, 4, 6, 6), "int8/row"),
+        (lambda: nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), torch.randn(1, 4, 6, 6), "int8/row"),
         (lambda: nn.Conv1d(8, 8, 1, groups=1), torch.randn(1, 8, 6), "int4/row"),
     ],
-    ids=["embedding of another class", "conv2d", "conv1d"],
+    ids=["embedding of another class", "conv2d", "channels last", "conv1d"],
 )
 def test_layers_that_read_their_weight_in_their_own_forward(layer, x, scheme):
     model = nn.Sequential(layer())
@@ -285,6 +286,10 @@ def test_refusals_are_sentences():
     lowp.quantize_(quantized, "int8/row")
     with pytest.raises(QuantizedError):
         qat.prepare(quantized, "int8/row")
+    empty = Tied().to("meta")
+    assert qat.prepare(empty, "int8/row").rows  # a plan needs no numbers
+    with pytest.raises(MisfitError, match="device meta"):
+        qat.convert(empty)
     unseen = Tied()
     qat.prepare(unseen, "int8/row@int8/row", learn="act")
     with pytest.raises(MisfitError, match="at least one batch"):
@@ -382,6 +387,28 @@ def test_dtypes_and_autocast(dtype, device):
         assert torch.equal(seen(model[0]), lowp.QTensor.quantize(model[0].weight, "int4/1x32*bf16").dequantize())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_learned_scales_beside_weights_of_low_precision(dtype):
+    model = nn.Sequential(nn.Linear(64, 32)).to(dtype)
+    qat.prepare(model, "int4/1x32*bf16@int8/row", learn=("weight", "act"))
+    x = torch.randn(4, 64, dtype=dtype)
+    y = model(x)
+    y.float().square().sum().backward()
+    scale = model[0].fake_weight.scale
+    assert scale.dtype == torch.float32 and scale.grad.abs().sum() > 0 and model[0].weight.grad.dtype == dtype
+    shown = seen(model[0])
+    qat.convert(model)
+    assert torch.equal(model[0].weight.dequantize(), shown)
+    assert (model(x) - y).float().norm() < 0.01 * y.float().norm()
+
+
+def test_dtypes_that_do_not_go_together_are_torchs_error():
+    model = nn.Sequential(nn.Linear(64, 32))
+    qat.prepare(model, "int4/1x32")
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(torch.randn(2, 64, dtype=torch.bfloat16))
+
+
 def step(model, ids):
     loss = model(ids).square().mean()
     loss.backward()
@@ -418,6 +445,8 @@ def data_parallel(rank, world):
             torch.testing.assert_close(q.grad.full_tensor(), p.grad, rtol=1e-4, atol=1e-7, msg=name)
         with pytest.raises(MisfitError, match="whole weight"):
             qat.convert(sharded)
+        with pytest.raises(MisfitError, match="before it is sharded"):
+            qat.prepare(fully_shard(Tied(64)), "int8/row")
         gathered = {name: p.full_tensor() for name, p in sharded.named_parameters()}
         whole.load_state_dict(gathered | {"head.weight": gathered["table.weight"]})
         qat.convert(whole)

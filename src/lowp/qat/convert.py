@@ -80,7 +80,7 @@ def prepare(
     ]
     for target, row in rows:
         if row.scheme is not None and target.weight.device.type != "meta":
-            check_finite(target.weight, target.fqn)
+            _check_whole(target.weight, target.fqn, "prepared", "prepare the model before it is sharded.")
     made = [(target, row, *_fakes(target, row, clamp, learn, lora)) for target, row in rows if row.scheme is not None]
     for module, names, scheme, weight, act in list(_by_module(model, made)):
         if isinstance(weight, AdaptedQuantize):
@@ -243,7 +243,7 @@ def convert(model: nn.Module, *, strict: bool = False) -> Report:
         act = _act_scale(module)
         for name in module.fake_names:
             weight, fqn = _learned(module, name), f"{path}.{name}" if path else name
-            _check_whole(weight, fqn)
+            _check_whole(weight, fqn, "converted", _GATHER)
             rules["re:" + re.escape(fqn)] = module.scheme
             if weight.data_ptr() not in chosen or act is not None:
                 chosen[weight.data_ptr()] = _run(module.fake_weight, act)
@@ -264,6 +264,8 @@ def convert(model: nn.Module, *, strict: bool = False) -> Report:
 def _learned(module: Any, name: str) -> Tensor:
     """The float weight that training came to: the parameter, or the base with its adapters merged."""
     weight: Tensor = module._parameters[name]
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return weight.contiguous()  # channels last is an order of bytes that no quantized weight has
     if not isinstance(module, Adapted):
         return weight
     with torch.no_grad():
@@ -280,10 +282,12 @@ def _act_scale(module: Any) -> Tensor | None:
     return module.fake_act.act_scale() if isinstance(module.fake_act, LearnedRange) else None
 
 
-def _check_whole(weight: Any, fqn: str) -> None:
+_GATHER = "gather the state_dict into an unsharded prepared model, and convert that."
+
+
+def _check_whole(weight: Any, fqn: str, done: str, advice: str) -> None:
+    if weight.device.type == "meta":
+        raise MisfitError(f"{fqn} wants numbers to be {done}, got a weight on the device meta: load it first.")
     if type(weight.data) is not Tensor:
-        raise MisfitError(
-            f"{fqn} wants its whole weight to be converted, got a {type(weight.data).__name__}: gather the state_dict into an "
-            "unsharded prepared model, and convert that."
-        )
+        raise MisfitError(f"{fqn} wants its whole weight to be {done}, got a {type(weight.data).__name__}: {advice}")
     check_finite(weight, fqn)
