@@ -88,7 +88,8 @@ def kernels_page() -> str:
         "# Kernels and layouts",
         "Made by `docs/generate.py` from the kernel table. `lowp explain linear int4` says which can run where you are.",
     ]
-    for op in ("linear", "matmul", "grouped", "embedding", "cast", "fake_cast", "cast_codes_as", "cast_interleaved"):
+    for op in ("linear", "matmul", "grouped", "embedding", "cast", "fake_cast", "cast_codes_as", "cast_interleaved",
+               "fake_quantize", "fake_quantize_grad"):  # fmt: skip
         rows = [
             (
                 f"`{k.name}`",

@@ -193,6 +193,27 @@ def test_compiled_forward_and_backward_are_those_of_eager():
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("spelling", ["int4/1x32*bf16", "int4/1x32+fp32", "bf16"])
+def test_operators_are_what_they_say_for_any_strides(spelling):
+    fmt = Format.parse(spelling)
+    for x in (torch.randn(64, 32), torch.randn(32, 64).t(), torch.randn(64, 64)[:, ::2]):
+        for one in (x, x.bfloat16()):
+            samples = [
+                (
+                    torch.ops.lowp.fake_quantize,
+                    (one.detach().requires_grad_(), spelling, "zero"),
+                ),
+                (torch.ops.lowp.fake_quantize_again, (one, spelling)),
+                (torch.ops.lowp.fake_quantize_grad, (torch.randn_like(one), one, spelling)),
+            ]
+            if not fmt.is_identity:
+                scale = torch.rand(64, 1) + 0.5
+                zero = torch.zeros(64, 1) if fmt.zero_point else None
+                samples.append((torch.ops.lowp.fake_quantize_given, (one, spelling, scale, zero, "zero")))
+            for operator, arguments in samples:
+                torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_nothing_is_saved_where_nothing_can_be_clamped():
     for spelling, wanted in (("int4/1x32*bf16", 0), ("e2m1/1x32*e8m0", 0), ("int2/1x32~mse", 1)):
         saved = []

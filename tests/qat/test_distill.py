@@ -43,6 +43,17 @@ def test_words_that_the_teacher_rules_out_and_low_precision_logits():
     assert loss.isfinite() and student.grad.isfinite().all() and student.grad.dtype == torch.bfloat16
 
 
+def test_half_precision_keeps_gradients_under_a_loss_scale():
+    student = torch.randn(512, 400).half()
+    teacher = (student + 0.1 * torch.randn(512, 400)).half()
+    grads = []
+    for dtype in (torch.float16, torch.float32):
+        x = student.detach().to(dtype).clone().requires_grad_()
+        (distill(x, teacher.to(dtype)) * 65536.0).backward()
+        grads.append(x.grad.double())
+    assert grads[0].isfinite().all() and (grads[0] - grads[1]).norm() < 2e-3 * grads[1].norm()
+
+
 def test_errors_are_sentences():
     with pytest.raises(MisfitError, match="vocabulary"):
         distill(torch.randn(2, 3), torch.randn(2, 4))

@@ -95,6 +95,29 @@ def test_switched_off_it_is_lora_and_autocast_computes_low():
     )
 
 
+@pytest.mark.parametrize("scheme", [INT4, CLAMPED, "int4/1x32~mse"])
+def test_autocast_trains_the_weights_that_are_kept(scheme):
+    model, _ = prepared(scheme)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shown = model[0].fake_weight(model[0].weight).float()
+    qat.convert(model)
+    assert torch.equal(model[0].weight.dequantize(), shown)
+
+
+def test_a_subclass_keeps_its_own_forward():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model, x = nn.Sequential(Doubled(64, 32)), torch.randn(3, 64)
+    qat.prepare(model, INT4, lora=qat.Lora(rank=2))
+    y = model(x)
+    y.sum().backward()
+    assert model[0].fake_weight.lora_b.grad.abs().sum() > 0
+    qat.convert(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-4, atol=1e-4)
+
+
 def test_compiles_to_one_graph():
     model, _ = prepared(INT4)
     x = torch.randn(4, 128)

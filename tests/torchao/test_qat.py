@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from lowp.torchao.prototype import _nf4tensor_api as prototype_nf4
 from lowp.torchao.quantization import quantize_
 from lowp.torchao.quantization.prototype import qat as prototype_qat
 from lowp.torchao.quantization.qat import (
@@ -79,6 +80,15 @@ def test_float8_keeps_its_gradients(granularity):
     (model(x).sum() * 1e-6).backward()
     assert all((p.grad != 0).float().mean() > 0.3 for p in model.parameters())
     assert (x.grad != 0).all() and (model[2].weight.grad != 0).any(1).all()
+
+
+def test_a_fake_quantizer_by_itself_is_that_of_a_layer():
+    from lowp.torchao.quantization.qat import IntxFakeQuantizer
+
+    model = small()
+    quantize_(model, QATConfig(weight_config=INT4, step="prepare"))
+    weight = model[0].weight
+    assert torch.equal(IntxFakeQuantizer.from_config(INT4)(weight), model[0].weight_fake_quantizer(weight))
 
 
 def test_own_configurations_and_switches():
@@ -181,6 +191,10 @@ def test_mx_and_nvfp4():
         lambda: IntxFakeQuantizeConfig(torch.float16, "per_token"),
         lambda: IntxFakeQuantizeConfig(torch.int4, group_size=32, range_learning=True),
         lambda: Float8FakeQuantizeConfig(hp_value_lb=1.0),
+        lambda: IntxFakeQuantizeConfig(torch.int4, group_size=32, is_dynamic=False),
+        lambda: IntxFakeQuantizeConfig(torch.int4, group_size=32, eps=1.0),
+        lambda: IntxFakeQuantizeConfig(torch.int8, group_size=32, zero_point_domain=q.ZeroPointDomain.FLOAT),
+        lambda: quantize_(small(), QATConfig(prototype_nf4.NF4WeightOnlyConfig())),
         lambda: quantize_(nn.Sequential(nn.Conv2d(1, 1, 1)), QATConfig(weight_config=INT4), lambda m, n: n == "0"),
     ],
 )

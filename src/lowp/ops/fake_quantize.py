@@ -154,31 +154,30 @@ def _kernel(op: str, x: Tensor, fmt: Format) -> Callable[..., Tensor]:
 
 def _run(x: Tensor, fmt: str, clamp: str = "zero") -> Tensor:
     parsed = Format.parse(fmt)
-    y = _kernel("fake_quantize", x, parsed)(x, parsed)
-    return y.clone() if y is x else y  # an identity float of the same dtype: an operator answers no alias
+    y = _kernel("fake_quantize", x, parsed)(x, parsed).contiguous()
+    return y.clone() if parsed.is_identity else y  # an operator answers no alias
 
 
 def _grad_run(grad: Tensor, x: Tensor, fmt: str) -> Tensor:
     parsed = Format.parse(fmt)
-    return _kernel("fake_quantize_grad", x, parsed)(grad, x, parsed)
+    return _kernel("fake_quantize_grad", x, parsed)(grad, x, parsed).contiguous()
 
 
 def _given_run(x: Tensor, fmt: str, scale: Tensor, zero_point: Tensor | None, clamp: str) -> Tensor:
-    return given_reference(x, Format.parse(fmt), scale, zero_point)
+    return given_reference(x, Format.parse(fmt), scale, zero_point).contiguous()
 
 
 def _given_grad_run(
     grad: Tensor, x: Tensor, fmt: str, scale: Tensor, zero_point: Tensor | None, clamp: str
 ) -> list[Tensor]:
-    return given_grad_reference(
-        grad.clone() if clamp == "pass" else grad, x, Format.parse(fmt), scale, zero_point, clamp
-    )
+    grad = grad.clone() if clamp == "pass" else grad
+    return [one.contiguous() for one in given_grad_reference(grad, x, Format.parse(fmt), scale, zero_point, clamp)]
 
 
 def _given_grad_fake(
     grad: Tensor, x: Tensor, fmt: str, scale: Tensor, zero_point: Tensor | None, clamp: str
 ) -> list[Tensor]:
-    return [torch.empty_like(t) for t in (x, scale, zero_point) if t is not None]
+    return [t.new_empty(t.shape) for t in (x, scale, zero_point) if t is not None]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -205,7 +204,7 @@ def _given_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _like_first(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 _LIBRARY = torch.library.Library("lowp", "FRAGMENT")

@@ -24,7 +24,7 @@ from ..quantize import Method, Plan, Report, quantize_, quantize_weight
 from ..quantize.apply import check_finite
 from ..quantize.match import PlanRow, Rules, Target, planned
 from .fake import FakeQuantize, FakeQuantized, is_prepared, prepare_module, restore_module
-from .learn import LearnedQuantize, LearnedRange
+from .learn import LearnedQuantize, LearnedRange, check_scale
 from .lora import Adapted, AdaptedQuantize, Lora
 
 LEARN = ("weight", "act")
@@ -74,29 +74,55 @@ def prepare(
         raise QuantizedError(
             f"{done[0] or 'the model'} is prepared already, and {len(done) - 1} more: train it, then call lowp.qat.convert."
         )
+    elsewhere = _read_elsewhere(model)
     rows = [
-        _refused(target, row, on_misfit)
+        _refused(target, row, on_misfit, elsewhere)
         for target, row in planned(model, rules, method="absmax", device=None, on_misfit=on_misfit)
     ]
     for target, row in rows:
         if row.scheme is not None and target.weight.device.type != "meta":
             _check_whole(target.weight, target.fqn, "prepared", "prepare the model before it is sharded.")
     made = [(target, row, *_fakes(target, row, clamp, learn, lora)) for target, row in rows if row.scheme is not None]
-    for module, names, scheme, weight, act in list(_by_module(model, made)):
-        if isinstance(weight, AdaptedQuantize):
-            _freeze(module, lora.base if lora else None)
-        prepare_module(
-            module, names, scheme, weight, act, Adapted if isinstance(weight, AdaptedQuantize) else FakeQuantized
-        )
+    if "act" in learn and not any(Scheme.parse(str(row.scheme)).act for _, row, *_ in made):
+        raise MisfitError("learn='act' wants a scheme with an activation, such as int4/1x32@int8/row, got none.")
+    layers = list(_by_module(model, made))
+    frozen = [
+        _frozen(module, lora.base if lora else None) if isinstance(weight, AdaptedQuantize) else None
+        for module, _, _, weight, _ in layers
+    ]
+    for (module, names, scheme, weight, act), kept in zip(layers, frozen, strict=True):  # nothing below refuses
+        if kept is not None:
+            module.weight = kept
+        prepare_module(module, names, scheme, weight, act, FakeQuantized if kept is None else Adapted)
     if not enabled:
         disable(model)
     return Plan(rows=tuple(row for _, row in rows))
 
 
-def _refused(target: Target, row: PlanRow, on_misfit: str) -> tuple[Target, PlanRow]:
-    reason = ""
-    if row.scheme is not None and isinstance(target.module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        reason = "nn.MultiheadAttention reads this weight without calling the layer, so it cannot be fake-quantized."
+def _read_elsewhere(model: nn.Module) -> dict[int, str]:
+    """Layers whose weights others read without calling them, by id: fake quantization would not be seen there."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            found[id(module)] = "nn.MultiheadAttention reads this weight without calling the layer"
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for layer in (module.linear1, module.linear2):
+                found[id(layer)] = (
+                    "nn.TransformerEncoderLayer reads this weight without calling the layer when it evaluates"
+                )
+        if "forward" in vars(module):
+            found[id(module)] = (
+                "the layer has a forward of its own (a hook of another library), which stands before any class's"
+            )
+    return found
+
+
+def _refused(target: Target, row: PlanRow, on_misfit: str, elsewhere: dict[int, str]) -> tuple[Target, PlanRow]:
+    reason, module = "", target.module
+    if row.scheme is not None and id(module) in elsewhere:
+        reason = f"{elsewhere[id(module)]}, so it cannot be fake-quantized."
+    elif row.scheme is not None and isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+        reason = "an embedding with max_norm or sparse gradients writes into or cuts out of its table while it is read."
     elif row.scheme is not None and target.kind == "experts" and Scheme.parse(row.scheme).act is not None:
         reason = (
             "a stack of experts sorts its tokens inside, where they cannot be fake-quantized: use a weight-only scheme."
@@ -110,11 +136,12 @@ def _refused(target: Target, row: PlanRow, on_misfit: str) -> tuple[Target, Plan
     return target, dataclasses.replace(row, scheme=None, layout="", kernel="", fallback=False, why=f"skipped: {reason}")
 
 
-def _freeze(module: nn.Module, base: str | None) -> None:
-    """Keep a weight as it is, quantized where `base` says so."""
+def _frozen(module: nn.Module, base: str | None) -> nn.Parameter:
+    """A weight as it is, quantized where `base` says so."""
     weight = module.get_parameter("weight")
-    kept = weight.detach() if base is None or weight.device.type == "meta" else quantize_weight(weight, base)
-    module.weight = nn.Parameter(kept, requires_grad=False)
+    if weight.device.type == "meta":
+        raise MisfitError("adapters want a base with numbers, got one on the device meta: load the model first.")
+    return nn.Parameter(weight.detach() if base is None else quantize_weight(weight, base), requires_grad=False)
 
 
 def _fakes(
@@ -164,7 +191,12 @@ def _by_module(model: nn.Module, made: list[Any]) -> Iterator[tuple[nn.Module, t
                 known[1].extend([] if name in known[1] else [name])
                 continue
             reads = isinstance(module, nn.Embedding)
-            found[id(module)] = (module, [name], str(row.scheme), weight, None if reads else act())
+            fake_act = None if reads else act()
+            if isinstance(fake_act, LearnedRange) and sum(other[3] is weight for other in found.values() if other[4]):
+                raise MisfitError(
+                    f"{fqn} is tied to another linear layer, and one weight keeps one range: leave learn='act' out."
+                )
+            found[id(module)] = (module, [name], str(row.scheme), weight, fake_act)
     for module, names, scheme, weight, act in found.values():
         yield module, tuple(names), scheme, weight, act
 
@@ -241,6 +273,8 @@ def convert(model: nn.Module, *, strict: bool = False) -> Report:
     learned: list[tuple[Any, str, Tensor]] = []
     for path, module in found:
         act = _act_scale(module)
+        if isinstance(module.fake_weight, LearnedQuantize):
+            check_scale(module.fake_weight.scale, path)
         for name in module.fake_names:
             weight, fqn = _learned(module, name), f"{path}.{name}" if path else name
             _check_whole(weight, fqn, "converted", _GATHER)
@@ -248,17 +282,30 @@ def convert(model: nn.Module, *, strict: bool = False) -> Report:
             if weight.data_ptr() not in chosen or act is not None:
                 chosen[weight.data_ptr()] = _run(module.fake_weight, act)
             learned.append((module, name, weight))
-    for module, name, weight in learned:
-        if module._parameters[name] is not weight:
-            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-    for _, module in found:
-        restore_module(module)
+    before = [(module, type(module), _contents(module)) for _, module in found]
 
     def run(matrix: Tensor, fmt: Format) -> Parts:
         return chosen[matrix.data_ptr()](matrix)
 
     method = Method(name="qat", about="what training chose", run=run, why_not=lambda fmt: "", takes_any=True)
-    return quantize_(model, rules, method=method, strict=strict)
+    try:
+        for module, name, weight in learned:
+            if module._parameters[name] is not weight:
+                module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        for _, module in found:
+            restore_module(module)
+        return quantize_(model, rules, method=method, strict=strict)
+    except BaseException:
+        for module, kind, contents in before:  # as if nothing had been asked
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(contents)
+        raise
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """What a module holds, to be put back."""
+    return vars(module) | {"_parameters": dict(module._parameters), "_modules": dict(module._modules)}
 
 
 def _learned(module: Any, name: str) -> Tensor:

@@ -159,9 +159,13 @@ class FakeQuantized:
     _reading: bool
     _fused: bool
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind = type(self)
+        return _empty_prepared, (kind.__bases__[1], kind.fake_names, kind.__bases__[0]), self.__dict__
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own, with its weights, and its input where the scheme says so, fake-quantized."""
-        if self._fused and self.fake_weight.enabled:  # one fake quantizer is switched with the other
+        if self._fused and all(fake.enabled for fake in (self.fake_weight, self.fake_act) if fake is not None):
             parameters = self._parameters  # type: ignore[attr-defined]
             rules = rule_of(self.fake_weight), rule_of(self.fake_act)
             y = _Linear.apply(x.reshape(-1, x.shape[-1]), parameters["weight"], parameters["bias"], *rules)
@@ -173,6 +177,12 @@ class FakeQuantized:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         finally:
             self._reading = False
+
+
+def _empty_prepared(kind: type[nn.Module], names: tuple[str, ...], first: type) -> nn.Module:
+    """What pickle and copy fill."""
+    made = prepared_class(kind, names, first)
+    return made.__new__(made)
 
 
 def rule_of(fake: Any) -> Rule | None:
@@ -195,7 +205,9 @@ def prepared_class(kind: type[nn.Module], names: tuple[str, ...], first: type = 
 
     def reader(name: str) -> property:
         def read(self: Any) -> Any:
-            parameter = self._parameters[name]
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                raise AttributeError(f"{type(self).__name__} has no parameter {name!r}")
             return _values(self, parameter) if self._reading else parameter
 
         return property(read)

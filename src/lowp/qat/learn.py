@@ -45,6 +45,16 @@ class _Slowed(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
+def check_scale(scale: Tensor, name: str = "") -> None:
+    """A MisfitError unless all learned scales are positive and finite."""
+    lost = int((~(scale.detach() > 0) | ~scale.detach().isfinite()).sum())
+    if lost:
+        raise MisfitError(
+            f"{name}{name and ': '}learned scales want to be positive and finite, got {lost} of {scale.numel()} that are not: "
+            "training went astray, give the scales a smaller learning rate."
+        )
+
+
 class LearnedQuantize(FakeQuantize):
     """Fake quantization of a weight with a learned scale (and zero point) for each block.
 
@@ -83,7 +93,8 @@ class LearnedQuantize(FakeQuantize):
         return fake_quantize_given(x, self.format, scale, zero_point, clamp=self.clamp)
 
     def parts(self, x: Tensor) -> Parts:
-        """What `forward` shows, as it is stored."""
+        """What `forward` shows, as it is stored; scales that training made zero, negative or infinite are a MisfitError."""
+        check_scale(self.scale)
         return quantize_given(x, self.format, self.scale, self.zero_point)
 
     def extra_repr(self) -> str:
@@ -108,36 +119,51 @@ class LearnedRange(FakeQuantize):
                 f"a learned range wants an activation with a plain scale and no zero point, got {self.format}: "
                 "write @int8/tensor, or leave learn='act' out."
             )
-        self.scale = nn.Parameter(torch.zeros(()))  # zero: no batch has come by
+        self.scale = nn.Parameter(
+            torch.zeros(1)
+        )  # zero: no batch has come by; not a scalar, which FSDP2 does not shard
         self.factor = 1 / math.sqrt(columns * self.format.element.largest)
         self.started = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """As FakeQuantize, with the learned scale; the first batch sets where it starts."""
+        """As FakeQuantize, with the learned scale; the first batch that holds a finite number but zero sets where it starts."""
         if not self.enabled:
             return x
-        if not self.started:
-            self._start(x)
+        if not self.started and not self._start(x):
+            return x
         return fake_quantize_given(x, self.format, _Slowed.apply(self.scale, self.factor), clamp=self.clamp)
 
     @torch.no_grad()
-    def _start(self, x: Tensor) -> None:
-        largest = x.detach().abs().amax().to(torch.float32) / self.format.element.largest
-        self.scale.copy_(torch.where(self.scale == 0, largest.clamp(min=_TINY), self.scale))
-        if not torch.compiler.is_compiling():  # a graph that is traced first looks each time
-            self.started = True
+    def _start(self, x: Tensor) -> bool:
+        """Set the scale where none is; answers whether there is one. A graph that is traced first looks each time."""
+        largest = x.detach().abs().amax() if x.numel() else x.new_zeros(())
+        largest = torch.where(largest.isfinite(), largest, 0).to(torch.float32) / self.format.element.largest
+        tracing = torch.compiler.is_compiling()
+        if not tracing and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)  # every rank starts from the same
+        floor = _TINY if tracing else 0.0
+        self.scale.copy_(torch.where(self.scale == 0, largest.clamp(min=floor), self.scale))
+        if not tracing:
+            self.started = bool(self.scale != 0)
+        return tracing or self.started
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.started = False  # whether it has is read off the scale
 
     def act_scale(self) -> Tensor:
         """() float32, as it is served.
 
         Raises:
-            MisfitError: no batch has come by yet.
+            MisfitError: no batch has come by yet, or training left no positive finite scale.
         """
-        if float(self.scale.detach()) == 0:
+        scale = self.scale.detach()
+        if float(scale) == 0:
             raise MisfitError(
                 "a learned range wants at least one batch before it is converted, got none: run the model once."
             )
-        return self.scale.detach().clone()
+        check_scale(scale)
+        return scale.reshape(()).clone()
 
     def extra_repr(self) -> str:
         """The format, and that its range is learned."""

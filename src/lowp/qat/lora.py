@@ -34,7 +34,7 @@ from .fake import FakeQuantize, FakeQuantized, Rule, as_tokens, autocast_dtype, 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Adapters for `prepare(..., lora=Lora(rank=16))`.
+    """Adapters for `prepare(..., lora=Lora(rank=16))`: of linear layers; tied ones, embeddings, biases and norms learn as ever.
 
     Args:
         rank: r. alpha: the adapters count alpha / r. base: a scheme to keep the frozen weights in meanwhile, None for floats.
@@ -86,7 +86,8 @@ def _floats(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    return torch.addmm(_floats(weight, b.dtype), b, a, alpha=scaling)
+    with torch.autocast(b.device.type, enabled=False):  # as `convert` merges
+        return torch.addmm(_floats(weight, b.dtype), b, a, alpha=scaling)
 
 
 class _LowRank(torch.autograd.Function):
@@ -127,7 +128,9 @@ class Adapted(FakeQuantized):
         """(..., K) -> (..., N)."""
         fake, act = self.fake_weight, self.fake_act
         weight, bias = self._parameters["weight"], self.bias  # type: ignore[attr-defined]
-        plain = act is None or type(act) is FakeQuantize
+        if type(self).__bases__[1].forward is not nn.Linear.forward:
+            return super().forward(x)
+        plain = act is None or (type(act) is FakeQuantize and act.enabled)
         if fake.enabled and plain and (fake.clamp == "pass" or not clamps(fake.format)):
             y = _LowRank.apply(
                 x.reshape(-1, x.shape[-1]), fake.lora_a, fake.lora_b, weight, fake.format, rule_of(act), fake.scaling

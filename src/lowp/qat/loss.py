@@ -39,15 +39,19 @@ class _Distilled(torch.autograd.Function):
             loss, grad = _part(student_PV[part], teacher_PV[part], targets_P[part], weight, temperature)
             total += loss
             if grad_PV is not None:
-                grad_PV[part] = grad / count
+                grad_PV[part] = grad
         if grad_PV is not None:
-            ctx.save_for_backward(grad_PV)
+            ctx.save_for_backward(grad_PV, count)
         return total / count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        (grad_PV,) = ctx.saved_tensors
-        return grad_PV * grad.to(grad_PV.dtype), None, None, None, None
+        grad_PV, count = ctx.saved_tensors  # of order one: half precision holds them before they are scaled and divided
+        factor, answer = grad.to(torch.float32) / count, torch.empty_like(grad_PV)
+        step = max(1, _NUMBERS_AT_ONCE // max(grad_PV.shape[1], 1))
+        for start in range(0, len(grad_PV), step):
+            answer[start : start + step] = grad_PV[start : start + step].to(torch.float32) * factor
+        return answer, None, None, None, None
 
 
 def _part(

@@ -19,15 +19,12 @@ from torch import nn
 from ..errors import MisfitError
 from .apply import is_linear, quantize_, register_quantize_module_handler, replace_modules
 from .config import CONFIGS, AOBaseConfig
-from .qat import (
+from .qat import FakeQuantizedEmbedding, FakeQuantizedLinear, QATConfig, swapped
+from .qat_config import (
     FakeQuantizeConfigBase,
-    FakeQuantizedEmbedding,
-    FakeQuantizedLinear,
     Float8FakeQuantizeConfig,
     Int4WeightFakeQuantizeConfig,
     IntxFakeQuantizeConfig,
-    QATConfig,
-    swapped,
 )
 from .words import Int4PackingFormat, MappingType, PerGroup, ZeroPointDomain
 
