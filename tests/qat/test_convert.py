@@ -48,7 +48,12 @@ IDS = torch.arange(12).reshape(2, 6) * 7 % 128
 
 
 def trained(model, steps=2):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scales = {id(p) for n, p in model.named_parameters() if n.endswith("scale")}
+    groups = [
+        dict(params=[p for p in model.parameters() if (id(p) in scales) == learned], lr=1e-6 if learned else 1e-3)
+        for learned in (False, True)
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]])
     for _ in range(steps):
         model(IDS).square().mean().backward()
         optimizer.step()
