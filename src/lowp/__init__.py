@@ -7,6 +7,8 @@
 'int4/1x128*bf16'
 """
 
+from typing import Any
+
 from . import methods as _methods  # noqa: F401  (registers the methods)
 from .errors import LowpError
 from .integrations import load
@@ -20,11 +22,18 @@ from .tensor import QTensor
 globals().update(_PRESETS)
 
 
-def __getattr__(name: str) -> str:
+_ROOMS = ("optim", "qat", "train")  # read when they are asked for
+
+
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("lowp")
+    if name in _ROOMS:
+        from importlib import import_module
+
+        return import_module(f"lowp.{name}")
     raise AttributeError(f"module 'lowp' has no attribute {name!r}")
 
 

@@ -13,7 +13,7 @@ import dataclasses, re, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowp.kernels.triton_ import cast, cast_both, decode, launch, update, w16, w8a8
+from lowp.kernels.triton_ import cast, cast_both, decode, fake_quantize, launch, update, w16, w8a8
 from lowp.kernels.triton_.packed import parts_of
 from lowp.numerics import Format
 from lowp.ops.update import Settings, Slot, coefficients
@@ -45,10 +45,13 @@ def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
 
 
 launch._first = compiled
-cast.device_capability = cast_both.device_capability = lambda *device: 90
+cast.device_capability = cast_both.device_capability = fake_quantize.device_capability = lambda *device: 90
 x = torch.randn(4, 512).bfloat16()
 for fmt in ("e4m3/row", "int8/tensor", "e2m1/1x32*e8m0"):
     cast.cast_tensors(x, cast.plan_of(Format.parse(fmt), 512, x.device))
+for fmt in ("int4/1x128*bf16", "int2/1x32*bf16+bf16", "e2m1/1x16*e4m3/tensor"):
+    fake_quantize.launched(None, x, Format.parse(fmt))
+    fake_quantize.launched(x, x, Format.parse(fmt))
 for scheme in ("e4m3/row@e4m3/row", "int8/row@int8/row"):
     q = QTensor.quantize(torch.randn(512, 512), scheme)
     made = cast.Cast(q.packed["qdata"][:4], torch.ones(4, 1))
@@ -80,6 +83,7 @@ def test_no_kernel_touches_memory_before_it_waits(tmp_path):
         "_cast_kernel",
         "_amaxes_kernel",
         "_both_kernel",
+        "_fake_kernel",
         "_product_kernel",
         "_scale_kernel",
         "decode_rows",

@@ -53,7 +53,7 @@ def test_a_function_and_a_package_of_one_name_stay_both():
             "from lowp.torchao.prototype.parq.api import create_optimizer",
             r"not there yet: lowp lacks PARQ\. docs/torchao\.md",
         ),
-        ("from lowp.torchao.quantization.qat import QATConfig", r"lacks quantization-aware training"),
+        ("from lowp.torchao.prototype.parq.optim.quantopt import QuantOptimizer", r"is not there yet: lowp lacks"),
     ],
 )
 def test_an_unknown_name_is_a_sentence(statement, said):
@@ -67,7 +67,7 @@ def test_asking_whether_a_name_is_there_raises_nothing():
     assert not hasattr(quantization, "Int8Tensr") and not hasattr(lowp.torchao, "nothing_of_this_name")
     with pytest.raises(AttributeError, match="did you mean Int8Tensor"):
         _ = quantization.Int8Tensr
-    assert "Int8Tensor" in dir(quantization) and "QATConfig" not in dir(quantization.qat)
+    assert "Int8Tensor" in dir(quantization) and "Int4WeightOnlyEmbedding" not in dir(quantization.qat.embedding)
 
 
 def test_star_imports_what_works():

@@ -33,6 +33,24 @@ OLD = """
 from torchao.quantization.quant_api import quantize_, int8_dynamic_activation_int4_weight
 quantize_(model, int8_dynamic_activation_int4_weight(group_size=32))
 """
+QAT = """
+from torchao.quantization import quantize_, Int8DynamicActivationIntxWeightConfig, PerGroup
+from torchao.quantization.qat import QATConfig
+my_model = model
+
+# prepare: swap `torch.nn.Linear` -> `FakeQuantizedLinear`
+base_config = Int8DynamicActivationIntxWeightConfig(
+    weight_dtype=torch.int4,
+    weight_granularity=PerGroup(32),
+)
+quantize_(my_model, QATConfig(base_config, step="prepare"))
+
+# train
+my_model(x).square().mean().backward()
+
+# convert: swap `FakeQuantizedLinear` -> `torch.nn.Linear`, then quantize using `base_config`
+quantize_(my_model, QATConfig(base_config, step="convert"))
+"""
 BY_NAME = """
 from collections import OrderedDict
 from torchao.quantization import FqnToConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
@@ -93,7 +111,9 @@ def test_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("snippet", "least"), [(INT4, 20), (FLOAT8, 25), (OLD, 17), (BY_NAME, 17)], ids=["int4", "float8", "old", "by name"]
+    ("snippet", "least"),
+    [(INT4, 20), (FLOAT8, 25), (OLD, 17), (BY_NAME, 17), (QAT, 17)],
+    ids=["int4", "float8", "old", "by name", "qat"],
 )
 def test_snippet(snippet, least, tmp_path):
     script = tmp_path / "snippet.py"

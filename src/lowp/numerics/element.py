@@ -78,7 +78,8 @@ class Element:
         if (
             self.kind != "identity"
         ):  # now: until Python 3.12 the first look takes a lock, which torch.compile cannot trace
-            _ = self.values, self.min, self.max, self.largest, self.emax, self.tiny, self._lists, self.buckets
+            _ = self.values, self.min, self.max, self.largest, self.emax, self.tiny, self.reach, self._lists
+            _ = self.buckets
 
     # -- the table ----------------------------------------------------------------------------------------------------
 
@@ -150,6 +151,21 @@ class Element:
     def tiny(self) -> float:
         """Smallest positive normal value of a float."""
         return 2.0 ** (1 - self.bias) if self.specials != "nan" else 2.0**-self.bias
+
+    @functools.cached_property
+    def reach(self) -> tuple[float, float]:
+        """The numbers that rounding alone brings to the outermost values: half a step beyond them, both ends included.
+
+        What lies further out is clamped. A thousandth of a step is added, so that the last bit of a quotient never decides.
+
+        >>> ELEMENTS["int4"].reach
+        (-8.501, 7.501)
+        """
+        if self.kind == "identity":
+            return -math.inf, math.inf
+        ordered = sorted({value for value in self.values if math.isfinite(value)})
+        low, high = ordered[1] - ordered[0], ordered[-1] - ordered[-2]
+        return ordered[0] - 0.501 * low, ordered[-1] + 0.501 * high
 
     # -- storage ------------------------------------------------------------------------------------------------------
 

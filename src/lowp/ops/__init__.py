@@ -6,6 +6,7 @@ under `kernels/`: it says which cases it can run and runs them. `pick` chooses, 
 
 from .cast import cast, cast_both, cast_codes_as, cast_interleaved, fake_cast
 from .embedding import embedding
+from .fake_quantize import fake_quantize, fake_quantize_given
 from .grouped import grouped
 from .grouped_product import grouped_product
 from .linear import linear
@@ -28,6 +29,8 @@ __all__ = [
     "embedding",
     "explain",
     "fake_cast",
+    "fake_quantize",
+    "fake_quantize_given",
     "grouped",
     "grouped_product",
     "kernels_of",

@@ -27,6 +27,8 @@ from ...ops.cast import (
 )
 from ...ops.cast import reference as cast_reference
 from ...ops.embedding import reference as embedding_reference
+from ...ops.fake_quantize import grad_reference as fake_quantize_grad_reference
+from ...ops.fake_quantize import reference as fake_quantize_reference
 from ...ops.grouped import reference as grouped_reference
 from ...ops.grouped_product import group_values
 from ...ops.grouped_product import reference as grouped_product_reference
@@ -177,6 +179,8 @@ KERNELS = (
     _last(
         "cast_interleaved", "reference", interleaved_reference, _IN_TORCH, _cast_in_torch, why_not_interleaved
     ),
+    _last("fake_quantize", "reference", fake_quantize_reference, _IN_TORCH, _cast_in_torch),
+    _last("fake_quantize_grad", "reference", fake_quantize_grad_reference, _IN_TORCH, _cast_in_torch),
     _last(
         "embedding", "reference", embedding_reference, "decode the whole table, then look up",
         lambda case: f"{decoded(case)}, the whole table, then looked up",

@@ -46,14 +46,13 @@ from .rounding import (
     at_least,
     bits_of,
     encode,
-    float_of,
-    power_scale,
     quotient,
     rounded,
     stored_scale,
     to_bf16,
     widen,
 )
+from .scales import block_scale
 
 _WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
@@ -62,12 +61,6 @@ _PROGRAMS = 512  # at most, that look for the largest magnitude of a tensor
 CODES, VALUES, AS_FLOAT, INTERLEAVED = 0, 1, 2, 3
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _largest(part_ptr, parts, PARTS: tl.constexpr):
-    lane = tl.arange(0, PARTS)
-    return float_of(tl.max(tl.load(part_ptr + lane, mask=lane < parts, other=0), axis=0))
 
 
 @triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["pre_ptr"])
@@ -113,7 +106,7 @@ def _cast_kernel(
 ):  # fmt: skip
     """One tile. ACROSS: scales stand (K/G, rows). TENSOR: blocks only cut the work, one scale serves all.
 
-    MODE: 0 codes, 1 values, 2 codes as floats, 3 interleaved. FILL: so many numbers are set to zero. The rest: `constants_of`."""
+    MODE: 0 codes, 1 values, 2 codes as floats, 3 interleaved. FILL: so many numbers become zero. The rest is `constants_of`."""
     begin(EARLY)
     block = tl.program_id(0) * RB + tl.arange(0, RB)
     lane = tl.arange(0, GP)
@@ -130,37 +123,13 @@ def _cast_kernel(
         if tl.program_id(0) == 0:
             tl.store(fill_ptr + tl.arange(0, FILL), tl.zeros((FILL,), dtype=tl.int32))
 
-    outer = 1.0
-    largest = 0.0
-    if PARTS:
-        largest = _largest(part_ptr, parts, PARTS)
-    if SCALE == 5:
-        outer = tl.div_rn(largest, OUTER)
-        outer = tl.where(outer == 0.0, 1.0, at_least(outer, 2.0**-120))  # TINY / 2**-6
-
-    if ZERO:
-        low, high = tl.min(tl.minimum(x, 0.0), axis=1), tl.max(tl.maximum(x, 0.0), axis=1)
-        lost = tl.max(bits_of(x) & 0x7FFFFFFF, axis=1) > 0x7F800000  # NaN, which a minimum forgets
-        low, high = tl.where(lost, float("nan"), low), tl.where(lost, float("nan"), high)
-        whole = high - low
-        steps: tl.constexpr = QMAX - QMIN
-        scale = tl.where(whole == float("inf"), tl.div_rn(high, steps) - tl.div_rn(low, steps), tl.div_rn(whole, steps))
-        stored, value, inverse = stored_scale(scale, outer, SCALE)
-        zero = QMIN - (tl.div_rn(low, value) + MAGIC - MAGIC)
-        zero = tl.where(zero == zero, tl.minimum(tl.maximum(zero, QMIN), QMAX), 0.0)
+    if STATIC:
+        scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
+        stored, value, inverse = stored_scale(scale, 1.0, SCALE)
     else:
-        if TENSOR and not STATIC:
-            amax = tl.full((RB,), 0.0, tl.float32) + largest
-        else:
-            amax = float_of(tl.max(bits_of(x) & 0x7FFFFFFF, axis=1))
-        if SCALE == 4:
-            stored, value, inverse = power_scale(amax, RULE, EMAX, ABOVE, KIND == 0)
-        else:
-            scale = tl.div_rn(amax, LARGEST)
-            if STATIC:
-                scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
-            stored, value, inverse = stored_scale(scale, outer, SCALE)
-        zero = 0.0
+        stored, value, inverse, zero, outer = block_scale(
+            x, part_ptr, parts, PARTS, TENSOR, ZERO, QMIN, QMAX, LARGEST, SCALE, RULE, EMAX, ABOVE, OUTER, KIND == 0
+        )
 
     if RECIPROCAL:
         q = x * inverse[:, None]
@@ -230,6 +199,7 @@ class Plan:
     nested: bool
 
 
+_ZEROS = {None: 0, "int8": 1, "uint8": 1, "int32": 1, "fp32": 2, "bf16": 3, "fp16": 4}
 _SCALES = {"fp32": 0, "bf16": 1, "fp16": 2, "e4m3": 3, "e8m0": 4}
 _RULES = {"floor": 0, "ceil": 1, "rceil": 2, "even": 3}
 _POWERS = ("floor", "ceil", "rceil", "even")
@@ -291,6 +261,7 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
 
 
 def constants_of(fmt: Format, sm: int) -> tuple[Any, ...]:
+    """What a kernel is told about a format, in the order of `_cast_kernel`, from KIND on."""
     element, rule = fmt.element, RULES[fmt.rule]
     integer = element.kind == "int"
     native = {"e4m3": 1, "e5m2": 2}.get(element.name, 3) if sm >= 89 and not interpreted() else 3
@@ -302,7 +273,7 @@ def constants_of(fmt: Format, sm: int) -> tuple[Any, ...]:
     return (
         0 if integer else native, element.mbits, 128 - element.bias, element.max, element.bits, element.specials != "none",
         float(element.qmin) if integer else 0.0, float(element.qmax) if integer else 0.0, float(largest),
-        rule.reciprocal or fmt.nested is not None or fmt.scale in ("e4m3", "e8m0"), fmt.zero_point is not None,
+        rule.reciprocal or fmt.nested is not None or fmt.scale in ("e4m3", "e8m0"), _ZEROS[fmt.zero_point],
         5 if fmt.nested else _SCALES[str(fmt.scale)], _RULES.get(fmt.rule, 0), element.emax, above, 448.0 * element.largest,
     )  # fmt: skip
 
@@ -359,7 +330,7 @@ def cast_tensors(
     if x_MK.stride(1) != 1 or (tokens > 1 and x_MK.stride(0) % 16) or (plan.needs_amax and not x_MK.is_contiguous()):
         x_MK = x_MK.contiguous()
     pre_scale = None if pre_scale is None else pre_scale.contiguous()
-    parts, count = _amax(x_MK, plan, pre_scale, mode) if plan.needs_amax and act_scale is None else (None, 0)
+    parts, count = amax(x_MK, pre_scale, mode) if plan.needs_amax and act_scale is None else (None, 0)
     coded = mode in (CODES, INTERLEAVED)
     codes = torch.empty(rows, columns, dtype=plan.code_dtype if coded else out_dtype, device=device)
     scale = zero = outer = None
@@ -399,7 +370,8 @@ def _empty_scale(plan: Plan, rows: int, across: bool, device: torch.device) -> T
     return torch.empty(rows, plan.per_row, dtype=plan.scale_dtype, device=device)
 
 
-def _amax(x_MK: Tensor, plan: Plan, pre_scale: Tensor | None, mode: int) -> tuple[Tensor, int]:
+def amax(x_MK: Tensor, pre_scale: Tensor | None, mode: int) -> tuple[Tensor, int]:
+    """Start the kernel that looks for a tensor's largest magnitude: its answers as bits, and how many there are."""
     total, device = x_MK.numel(), x_MK.device
     count = min(_PROGRAMS, -(-total // _TILE))
     parts = torch.empty(_PROGRAMS, dtype=torch.int32, device=device)

@@ -28,7 +28,8 @@ from ...ops.registry import Case, Kernel, device_capability
 from . import why_not_portable
 from .cast import cast_tensors, constants_of, plan_of, why_not_format
 from .launch import aligned, begin, launch
-from .rounding import bits_of, encode, float_of, power_scale, quotient, stored_scale, widen
+from .rounding import bits_of, encode, float_of, quotient, stored_scale, widen
+from .scales import power_scale
 
 _BLOCKS, _ROW, _TENSOR, _SQUARE = 0, 1, 2, 3  # who shares a scale: G numbers, a row, all, or a square
 _LONGEST = 128  # numbers along an axis that share a scale inside a square

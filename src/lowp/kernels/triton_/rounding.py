@@ -157,14 +157,6 @@ def e8m0_value(code):
 
 
 @triton.jit
-def power_scale(amax, RULE: tl.constexpr, EMAX: tl.constexpr, ABOVE: tl.constexpr, INTEGER: tl.constexpr):
-    """The power of two for a block of this amax: as it is stored, its value, and its inverse."""
-    stored = e8m0_code(amax, RULE, EMAX, ABOVE, INTEGER)
-    inverse = float_of(tl.where(stored == 0xFE, 0x00400000, (254 - stored) << 23))
-    return stored, e8m0_value(stored), tl.where(stored == 0xFF, float("nan"), inverse)
-
-
-@triton.jit
 def at_least(x, low: tl.constexpr):
     """x, or `low` where it is smaller; NaN stays."""
     return tl.where(x < low, low, x)

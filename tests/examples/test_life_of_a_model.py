@@ -1,0 +1,77 @@
+"""The life of one model, in its short form: every step of it, from the float checkpoint to the page."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("life_of_a_model", ROOT / "examples" / "life_of_a_model.py")
+
+
+@pytest.fixture
+def life(monkeypatch):
+    """The example as a module; it may set its environment, and draws from a random state of its own."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    module = importlib.util.module_from_spec(_spec)
+    monkeypatch.setitem(__import__("sys").modules, "life_of_a_model", module)
+    _spec.loader.exec_module(module)
+    with torch.random.fork_rng():
+        yield module
+
+
+@pytest.mark.slow
+def test_short_form_recovers_what_rounding_lost(life, tmp_path):
+    evaluations = life.main(["--short", "--out", str(tmp_path)])
+    recovered = life.shares(evaluations)
+    assert len(evaluations) == 8 and recovered["int2 g32, absmax"] == 0
+    assert recovered["int2 g32, QAT"] > max(recovered["int2 g32, mse"], recovered["int2 g32, hqq"])
+    assert recovered["int4 g32, int8 activations, QAT"] > 0.3
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (
+        "int4 g32, int8 activations, QAT" in page
+        and "recovered" in page
+        and (tmp_path / "life.png").stat().st_size > 10_000
+    )
+    assert (tmp_path / "int2-g32" / "lowp.json").is_file()
+
+
+def test_its_pieces(life):
+    """What the short form would show only after a minute: batches, paces, shares."""
+    stream = life.batches(torch.arange(100, dtype=torch.int32), 3, 10, torch.Generator().manual_seed(0))
+    batch = next(stream)
+    assert batch.shape == (3, 10) and (batch[:, 1:] - batch[:, :-1] == 1).all()
+    paces = [life.pace((step + 1) / 100) for step in range(100)]
+    assert max(paces) == paces[9] == pytest.approx(1.0) and paces[-1] == pytest.approx(0.0, abs=1e-9)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    life.qat.prepare(model, "int4/1x64*bf16+bf16", learn="weight")
+    peaks = {group["peak"]: len(group["params"]) for group in life.groups(model, 1.0)}
+    assert peaks == {1.0: 2, 0.2: 1, 5.0: 1}
+
+    def one(name, perplexity):
+        quality = life.lowp.report.Quality(tokens=1, perplexity=perplexity, original_perplexity=10.0, kl=0.0, top1=1.0)
+        return life.Evaluation(
+            name=name, scheme="int4", bytes_before=1, bytes_after=1, bits=4, quality=quality, rows=(), output_errors={}
+        )
+
+    assert life.shares([one("a, absmax", 12.0), one("a, QAT", 10.5)]) == {"a, absmax": 0.0, "a, QAT": 0.75}
+
+
+def test_pretraining_learns_and_float8_says_what_it_wants(life):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    model, ids = LlamaForCausalLM(config), torch.arange(400, dtype=torch.int32) % 7
+    args = life.arguments(["--pretrain", "30", "--batch", "4", "--context", "16", "--pretrain-lr", "0.01"])
+    life.pretrain(model, ids, args)
+    line = ids[None, :17].long()
+    logits = model(input_ids=line[:, :-1]).logits
+    assert torch.nn.functional.cross_entropy(logits[0], line[0, 1:]) < 0.5
+    with pytest.raises(SystemExit, match=r"lowp\.train"):
+        life.pretrain(model, ids, life.arguments(["--pretrain", "1", "--precision", "float8"]))
