@@ -198,6 +198,11 @@ def _carry_out(
     by_scheme: dict[str, list[str]] = {}
     for name in names:
         scheme = one_spelling(row.scheme(config, known[name].weight.dtype), known[name].matrix_shape)
+        if known[name].kind == "conv" and "@" in scheme:
+            warnings.warn(
+                f"{name} is a convolution: its weight is quantized, its activation stays in floats.", stacklevel=4
+            )
+            scheme = scheme.partition("@")[0]
         by_scheme.setdefault(scheme, []).append(name)
     if not names:
         return ()

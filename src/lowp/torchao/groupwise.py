@@ -182,7 +182,7 @@ def quantize_activation_per_token_absmax(t: Tensor) -> tuple[Tensor, Tensor]:
     """An activation (..., K) in symmetric int8 and a scale for each token; scales are at least 1e-5, codes within +-127."""
     block = (1,) * (t.dim() - 1) + (t.shape[-1],)
     scale, zero = affine.choose_qparams_affine(
-        t, MappingType.SYMMETRIC, block, torch.int8, -127, 127, eps=1e-5, scale_dtype=_scale_dtype(t), keepdim=True
+        t, MappingType.SYMMETRIC, block, torch.int8, -127, 127, eps=1e-5, scale_dtype=_scale_dtype(t)
     )
     return affine.quantize_affine(t, block, scale, zero, torch.int8, -127, 127), scale
 
@@ -215,3 +215,12 @@ def dequantize_per_tensor(
 ) -> Tensor:
     """The values of codes of any shape by one scale."""
     return affine.affine_values(int_repr, tuple(int_repr.shape), scale, zero_point, out_dtype)
+
+
+def per_token_block_size(x: Tensor) -> list[int]:
+    """The block_size of a scale for each token: the whole of the last axis.
+
+    >>> per_token_block_size(torch.zeros(2, 3, 8))
+    [1, 1, 8]
+    """
+    return list(get_block_size(tuple(x.shape), PerToken()))

@@ -64,7 +64,9 @@ class Shown:
         view._follow()
         return view._shown().get(self.name)
 
-    def __set__(self, view: Any, tensor: Tensor | None) -> None:
+    def __set__(self, view: Any, tensor: Tensor | float | None) -> None:
+        if isinstance(tensor, (int, float)) and self.name == "act_pre_scale":
+            tensor = torch.full((view.spec.shape[-1],), float(tensor), dtype=view.dtype, device=view.device)
         view._exchange(self.name, tensor)
 
 
