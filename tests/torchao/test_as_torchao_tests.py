@@ -1,6 +1,7 @@
 """What torchao's own tests hold on to, where it is not a number: who wins when classes inherit, what an error says, which
 constants there are, what a view is in inference mode."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -11,6 +12,7 @@ from lowp.torchao.prototype.mx_formats import constants
 from lowp.torchao.quantization import (
     Float8Tensor,
     Float8WeightOnlyConfig,
+    FqnToConfig,
     Int4WeightOnlyConfig,
     Int8StaticActivationInt8WeightConfig,
     Int8Tensor,
@@ -25,6 +27,8 @@ from lowp.torchao.quantization.quant_primitives import _DTYPE_TO_BIT_WIDTH, quan
 from lowp.torchao.quantization.utils import _quantize_activation_per_token_absmax, compute_error
 from lowp.torchao.utils import TorchAOBaseTensor, torch_version_at_least
 from torch import nn
+
+from lowp.torchao import apply
 
 aten = torch.ops.aten
 
@@ -185,3 +189,51 @@ def test_a_convolution_keeps_its_activation_in_floats():
     other = nn.Conv2d(16, 32, 3)
     quantize_(other, Float8WeightOnlyConfig(), filter_fn=lambda module, name: isinstance(module, nn.Conv2d))
     assert isinstance(other.weight, Float8Tensor)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(64, 32), nn.Linear(32, 64)
+        self.linear1.more = nn.Parameter(torch.randn(32, 64))
+
+
+F8 = Float8WeightOnlyConfig()
+
+
+@pytest.mark.parametrize(
+    ("mapping", "quantized"),
+    [
+        ({"linear1": None, "linear1.weight": F8}, {"linear1.weight"}),
+        ({"re:linear.*": None, "re:linear.*.weight": F8}, {"linear1.weight", "linear2.weight"}),
+        ({"re:linear.*.weight": None, "linear1": F8}, {"linear1.weight"}),
+        ({"re:linear.*.weight": None, "_default": F8}, set()),
+        ({"re:linear.*": F8, "linear2": None}, {"linear1.weight"}),
+        ({"linear1.more": F8}, {"linear1.more"}),
+        ({"re:.*more": F8, "re:.*bias": None}, {"linear1.more"}),
+    ],
+)
+def test_which_key_decides(mapping, quantized):
+    model = Two()
+    report = quantize_(model, FqnToConfig(mapping), filter_fn=None)
+    assert {name for name, p in model.named_parameters() if isinstance(p, Float8Tensor)} == quantized
+    assert {row.fqn for row in report.rows if row.scheme} == quantized
+    assert all(row.error < 0.05 for row in report.rows)
+    for name in quantized:
+        module = model.get_submodule(name.partition(".")[0])
+        assert f"{name.partition('.')[2]}=Float8Tensor(" in str(module) and copy.deepcopy(module).extra_repr()
+
+
+def test_a_mapping_wants_no_filter_and_a_handler_that_knows_parameters():
+    model = Two()
+    with pytest.raises(ValueError, match="filter_fn=None"):
+        quantize_(model, FqnToConfig({"linear1": F8}), filter_fn=lambda module, name: True)
+    seen = []
+    monkey = {Foreign: lambda module, config: module}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apply, "HANDLERS", monkey)
+        with pytest.raises(NotImplementedError, match="does not yet support parameter quantization"):
+            quantize_(model, FqnToConfig({"linear1.weight": Foreign()}), filter_fn=None)
+        monkey[Foreign] = lambda module, config, parameter_name="weight": seen.append(parameter_name)
+        quantize_(model, FqnToConfig({"linear1.more": Foreign()}), filter_fn=None)
+    assert seen == ["more"]

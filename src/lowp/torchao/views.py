@@ -247,7 +247,9 @@ class View(QTensor, TorchAOBaseTensor):
         return QTensor.__repr__(self)
 
     def _quantization_type(self) -> str:
-        return f"scheme={self.scheme}, shape={tuple(self.shape)}, device={self.device}, layout={self.spec.layout}"
+        act = getattr(self, "act_quant_kwargs", None)
+        told = f"scheme={self.scheme}, shape={tuple(self.shape)}, device={self.device}, layout={self.spec.layout}"
+        return told + (f", act_quant_kwargs={act}" if act is not None else "")
 
 
 def require(given: dict[str, Any], *names: str) -> tuple[Any, ...]:
