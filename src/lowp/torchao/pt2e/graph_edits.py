@@ -1,26 +1,26 @@
-"""Small changes of an exported graph: train and eval, batch norm folded into the convolution before it, new attributes."""
+"""Small changes of an exported graph: train and eval, batch norm folded into the convolution before it, new attributes.
+
+Operators are known by their names: a library that is loaded in between can make torch hand out new objects for them.
+"""
 
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-aten = torch.ops.aten
-_CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
-_TRAIN_FLAG = {
-    aten.dropout.default: 2,
-    aten.dropout_.default: 2,
-    aten.batch_norm.default: 5,
-}  # which argument says "training"
+_CONVS = ("aten.conv1d.default", "aten.conv2d.default", "aten.conv3d.default")
+_NORM = "aten.batch_norm.default"
+_TRAIN_FLAG = {"aten.dropout.default": 2, "aten.dropout_.default": 2, _NORM: 5}  # which argument says "training"
 
 
 def _set_training(model: GraphModule, training: bool) -> GraphModule:
     for node in model.graph.nodes:
-        at = _TRAIN_FLAG.get(node.target)
+        at = _TRAIN_FLAG.get(str(node.target))
         if node.op == "call_function" and at is not None and len(node.args) > at:
             node.update_arg(at, training)
     model.recompile()
@@ -56,13 +56,50 @@ def attribute(model: nn.Module, target: str) -> Any:
     return found
 
 
+class WrapperModule(nn.Module):
+    """A function as a module, which is what torch.export takes."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
+
+
+def graph_of_pattern(
+    pattern: Callable[..., Any], example_inputs: tuple[Any, ...], is_cuda: bool = False, **kwargs: Any
+) -> GraphModule:
+    """A function as an exported graph, for a matcher of subgraphs."""
+    if is_cuda:
+        example_inputs = tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in example_inputs)
+    module = pattern if isinstance(pattern, nn.Module) else WrapperModule(pattern)
+    graph: GraphModule = torch.export.export(module, example_inputs, kwargs).module(check_guards=False)  # type: ignore[assignment]
+    for node in list(graph.graph.nodes):
+        if (
+            str(node.target) == "aten.copy_.default" and not node.users
+        ):  # what a batch norm writes back is not in the pattern
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def new_name(prefix: str) -> Callable[[nn.Module], str]:
+    """A function that answers the first free name of this prefix in a module."""
+
+    def first_free(module: nn.Module) -> str:
+        number = 0
+        while hasattr(module, f"{prefix.replace('.', '_')}{number}"):
+            number += 1
+        return f"{prefix.replace('.', '_')}{number}"
+
+    return first_free
+
+
 def add_attribute(model: GraphModule, prefix: str, value: Any) -> str:
     """Register a tensor or module under the first free name of this prefix; its name."""
-    prefix = prefix.replace(".", "_")
-    number = 0
-    while hasattr(model, f"{prefix}{number}"):
-        number += 1
-    name = f"{prefix}{number}"
+    name = new_name(prefix)(model)
     if isinstance(value, nn.Module):
         model.add_submodule(name, value)
     else:
@@ -74,7 +111,9 @@ def constant_before(model: GraphModule, node: Node, prefix: str, value: torch.Te
     """A get_attr node of a new buffer, before a node."""
     name = add_attribute(model, prefix, value)
     with model.graph.inserting_before(node):
-        return model.graph.create_node("get_attr", name, (), {})
+        made = model.graph.create_node("get_attr", name, (), {})
+    made.meta["val"] = value
+    return made
 
 
 def fold_batch_norm(model: GraphModule) -> int:
@@ -84,8 +123,8 @@ def fold_batch_norm(model: GraphModule) -> int:
     """
     folded = 0
     for norm in list(model.graph.nodes):
-        conv = norm.args[0] if norm.op == "call_function" and norm.target is aten.batch_norm.default else None
-        if not isinstance(conv, Node) or conv.target not in _CONVS or len(conv.users) != 1:
+        conv = norm.args[0] if norm.op == "call_function" and str(norm.target) == _NORM else None
+        if not isinstance(conv, Node) or str(conv.target) not in _CONVS or len(conv.users) != 1:
             continue
         if any(not isinstance(n, Node) or n.op != "get_attr" for n in (conv.args[1], *norm.args[1:5])):
             continue

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.passes.utils.source_matcher_utils import get_source_partitions  # noqa: F401  (a name of torchao's)
 
 from .spec import (
     Q_ANNOTATION_KEY,
@@ -28,21 +29,39 @@ from .spec import (
     is_annotated,
 )
 
-aten = torch.ops.aten
-LINEAR = {aten.linear.default}
-CONV = {aten.conv1d.default, aten.conv2d.default}
-CONV_TRANSPOSE = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
-ADD = {aten.add.Tensor, aten.add_.Tensor}
-MUL = {aten.mul.Tensor, aten.mul_.Tensor}
-CAT = {aten.cat.default}
-POOL = {aten.adaptive_avg_pool2d.default}
-RELU = {aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default}
+LINEAR = {"aten.linear.default"}
+CONV = {"aten.conv1d.default", "aten.conv2d.default"}
+CONV_TRANSPOSE = {"aten.conv_transpose1d.default", "aten.conv_transpose2d.input"}
+ADD = {"aten.add.Tensor", "aten.add_.Tensor"}
+MUL = {"aten.mul.Tensor", "aten.mul_.Tensor"}
+CAT = {"aten.cat.default"}
+POOL = {"aten.adaptive_avg_pool2d.default"}
+RELU = {"aten.relu.default", "aten.relu_.default", "aten.hardtanh.default", "aten.hardtanh_.default"}
 PASSES_ON = {
-    aten.max_pool2d.default, aten.avg_pool2d.default, aten.mean.dim, aten.mean.default, aten.permute.default, aten.view.default,
-    aten.reshape.default, aten.flatten.using_ints, aten.slice.Tensor, aten.slice_copy.Tensor, aten.transpose.int,
-    aten.squeeze.dim, aten.squeeze_copy.dim, aten.unsqueeze.default, aten.pixel_shuffle.default, aten.hardtanh.default,
-    aten.hardtanh_.default, aten.contiguous.default, aten.dropout.default, aten.expand.default,
-}  # fmt: skip
+    f"aten.{name}"
+    for name in [
+        "max_pool2d.default",
+        "avg_pool2d.default",
+        "mean.dim",
+        "mean.default",
+        "permute.default",
+        "view.default",
+        "reshape.default",
+        "flatten.using_ints",
+        "slice.Tensor",
+        "slice_copy.Tensor",
+        "transpose.int",
+        "squeeze.dim",
+        "squeeze_copy.dim",
+        "unsqueeze.default",
+        "pixel_shuffle.default",
+        "hardtanh.default",
+        "hardtanh_.default",
+        "contiguous.default",
+        "dropout.default",
+        "expand.default",
+    ]
+}
 Filter = Callable[[Node], bool]
 
 
@@ -55,10 +74,10 @@ class Operators:
         outputs: whether the outputs of products are quantized too.
     """
 
-    products: frozenset[Any]
-    sums: frozenset[Any]
-    joins: frozenset[Any]
-    passes_on: frozenset[Any]
+    products: frozenset[str]
+    sums: frozenset[str]
+    joins: frozenset[str]
+    passes_on: frozenset[str]
     outputs: bool = True
 
 
@@ -71,16 +90,16 @@ def annotate(
     for node in model.graph.nodes:
         if node.op != "call_function" or not takes(node):
             continue
-        if node.target in operators.products:
+        if str(node.target) in operators.products:
             _product(node, config, operators.outputs)
         elif (
-            node.target in operators.sums
+            str(node.target) in operators.sums
             and config.input_activation is not None
             and not config.input_activation.is_dynamic
         ):
             _sum(node, config)
         elif (
-            node.target in operators.joins
+            str(node.target) in operators.joins
             and config.input_activation is not None
             and not config.input_activation.is_dynamic
         ):
@@ -97,7 +116,7 @@ def keep(model: GraphModule, takes: Filter) -> None:
 def _last(node: Node) -> Node:
     """The activation function that alone reads a node, or the node."""
     user = next(iter(node.users), None)
-    return user if user is not None and len(node.users) == 1 and user.target in RELU else node
+    return user if user is not None and len(node.users) == 1 and str(user.target) in RELU else node
 
 
 def _product(node: Node, config: QuantizationConfig, outputs: bool) -> None:
@@ -147,10 +166,15 @@ def _join(node: Node, config: QuantizationConfig) -> None:
     node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=shared, _annotated=True)
 
 
-def pass_on(model: GraphModule, operators: Iterable[Any]) -> None:
+def pass_on(model: GraphModule, operators: Iterable[str]) -> None:
     """What only moves numbers has the integers of its input: annotate it behind a node that is quantized."""
     for node in model.graph.nodes:
-        if node.target not in operators or is_annotated([node]) or not node.args or not isinstance(node.args[0], Node):
+        if (
+            str(node.target) not in operators
+            or is_annotated([node])
+            or not node.args
+            or not isinstance(node.args[0], Node)
+        ):
             continue
         before = node.args[0].meta.get(Q_ANNOTATION_KEY)
         if before is None or before.output_qspec is None:

@@ -120,5 +120,5 @@ class XNNPACKQuantizer(Quantizer):
 
 
 def _of_operator(operator: Any) -> Any:
-    packet = getattr(operator, "overloadpacket", operator)
-    return lambda node: getattr(node.target, "overloadpacket", node.target) is packet
+    packet = str(getattr(operator, "overloadpacket", operator))
+    return lambda node: str(getattr(node.target, "overloadpacket", node.target)) == packet
