@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lowp.torchao.core import config as core
+from lowp.torchao.kernel.intmm import int_scaled_matmul, safe_int_mm
 from lowp.torchao.prototype.mx_formats import constants
 from lowp.torchao.quantization import (
     Float8Tensor,
@@ -237,3 +238,13 @@ def test_a_mapping_wants_no_filter_and_a_handler_that_knows_parameters():
         monkey[Foreign] = lambda module, config, parameter_name="weight": seen.append(parameter_name)
         quantize_(model, FqnToConfig({"linear1.more": Foreign()}), filter_fn=None)
     assert seen == ["more"]
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 3), (17, 16, 8), (40, 33, 20)])
+def test_integer_products_of_any_shape(shape, device):
+    m, k, n = shape
+    a, b = (torch.randint(-128, 128, size, dtype=torch.int8, device=device) for size in ((m, k), (k, n)))
+    expected = a.cpu().to(torch.int64) @ b.cpu().to(torch.int64)
+    assert torch.equal(safe_int_mm(a, b).cpu().to(torch.int64), expected)
+    scales = torch.rand(m, 1, device=device)
+    torch.testing.assert_close(int_scaled_matmul(a, b, scales).cpu(), expected * scales.cpu())

@@ -195,6 +195,17 @@ CONFIG_ROWS = (
         tensor=lambda c: _INT4_TENSORS[Int4PackingFormat(c.int4_packing_format)], numbers=_int4_numbers,
     ),
     ConfigRow(
+        name="PrototypeInt4WeightOnlyConfig", about="int4 by groups, asymmetric: torchao's for CPUs",
+        fields={
+            "group_size": 128, "int4_choose_qparams_algorithm": Int4ChooseQParamsAlgorithm.TINYGEMM, "set_inductor_config": True,
+        },
+        scheme=lambda c, dtype: f"int4/{block_of(PerGroup(c.group_size))}{scale_of(dtype)}+fp32",
+        tensor=lambda c: "Int4OpaqueTensor",
+        numbers=lambda c: (
+            numbers.hqq_asymmetric if c.int4_choose_qparams_algorithm == Int4ChooseQParamsAlgorithm.HQQ else numbers.tinygemm
+        ),
+    ),
+    ConfigRow(
         name="Float8DynamicActivationInt4WeightConfig", about="int4 weights, float8 activations",
         fields={"int4_packing_format": "preshuffled"},
         scheme=lambda c, dtype: f"int4/1x128{scale_of(dtype)}@e4m3/row",
