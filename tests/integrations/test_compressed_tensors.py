@@ -137,11 +137,12 @@ def test_the_package_writes_the_same_bytes_and_reads_ours(scheme):
             assert torch.equal(one, other), name
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("int8/row*bf16", "e4m3/row*bf16", "e2m1/1x32*e8m0")]
+
+
 @pytest.mark.guest("transformers>=5.0")
 @pytest.mark.guest("compressed-tensors>=0.14")
-@pytest.mark.parametrize(
-    "scheme", ["int4/1x32*bf16", "int8/row*bf16", "e4m3/row*bf16", "e2m1/1x32*e8m0", "e2m1/1x16*e4m3/tensor"]
-)
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16", "e2m1/1x16*e4m3/tensor", *SLOW])
 def test_transformers_loads_what_was_written(scheme, tmp_path):
     import transformers
 
