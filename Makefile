@@ -22,7 +22,7 @@ GUESTS := guest-executorch guest-torchtune guest-vllm
 help:
 	@echo 'make demo    quantize the bundled model in every format, measure and generate'
 	@echo 'make test    ruff, mypy, and all tests that this machine can run'
-	@echo 'make guests  install torchao, peft and diffusers: `make test` then tries them too'
+	@echo 'make guests  install torchao, peft, diffusers and compressed-tensors: `make test` then tries them too'
 	@echo 'make $(GUESTS)'
 	@echo '             a host that wants an environment of its own, in .guests: install it and try it'
 	@echo 'make lint    ruff and mypy alone'
@@ -52,7 +52,7 @@ $(ready): pyproject.toml $(sources)
 
 # Other projects' packages: with them `make test` runs the tests marked guest that fit one environment.
 guests: env
-	@$(bin)/python -m pip install -q 'torchao==0.18.0' 'peft>=0.18' 'diffusers>=0.36'
+	@$(bin)/python -m pip install -q 'torchao==0.18.0' 'peft>=0.18' 'diffusers>=0.36' 'compressed-tensors>=0.14'
 
 # Hosts that fit no environment but their own. Each is installed without the real torchao and without other torch packages, then tried.
 guest-executorch: host := executorch==1.5.1

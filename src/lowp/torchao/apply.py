@@ -14,7 +14,9 @@ A third party's configuration brings a handler: `register_quantize_module_handle
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import MisfitError
-from ..numerics import Parts
+from ..errors import MisfitError, TensorRuleError
+from ..numerics import Parts, Scheme
 from ..ops import Case, best_layout
 from ..ops.registry import device_capability
 from ..quantize import Report, ReportRow
@@ -32,7 +34,7 @@ from ..quantize.match import targets
 from ..tensor import QTensor
 from . import int4, microscale, nf4, numbers, tensors
 from .base import TorchAOBaseTensor
-from .config import CONFIGS, AOBaseConfig, FqnToConfig, row_of  # noqa: F401  (CONFIGS: the example)
+from .config import CONFIGS, AOBaseConfig, ConfigRow, FqnToConfig, row_of  # noqa: F401  (CONFIGS: the example)
 from .spelling import one_spelling
 from .views import View
 
@@ -79,7 +81,7 @@ def quantize_(
 
     Args:
         model: any nn.Module. config: a configuration, or an FqnToConfig with one for each name.
-        filter_fn: (module, name) -> whether its weight is quantized; not looked at for an FqnToConfig.
+        filter_fn: (module, name) -> whether its weight is quantized; None for an FqnToConfig, which says it itself.
         device: move the model there.
 
     Returns:
@@ -99,6 +101,8 @@ def quantize_(
             "a spelling goes to lowp.quantize_."
         )
     where = torch.device(device) if device is not None else None
+    if isinstance(config, FqnToConfig) and filter_fn not in (None, is_linear):
+        raise MisfitError("an FqnToConfig names what it is for: pass filter_fn=None.")
     handler = _handler(config)
     if handler is not None:
         _by_handler(model, config, handler, filter_fn or (lambda module, name: True), where)
@@ -106,10 +110,10 @@ def quantize_(
     if isinstance(config, FqnToConfig):
         chosen = list(_by_name(model, config))
     else:
-        chosen = [(_weights(model, filter_fn or (lambda module, name: True)), config)]
+        chosen = [(_weights(model, filter_fn or (lambda module, name: True)), config, False)]
     rows: dict[str, ReportRow] = {}
-    for names, one in chosen:
-        for row in _carry_out(model, names, one, where):
+    for names, one, by_parameter in chosen:
+        for row in _carry_out(model, names, one, where, by_parameter):
             if row.scheme is not None or row.fqn not in rows:
                 rows[row.fqn] = row
     if where is not None:
@@ -135,31 +139,39 @@ def _weights(model: nn.Module, filter_fn: Filter) -> list[str]:
     return names
 
 
-def _by_name(model: nn.Module, config: FqnToConfig) -> Iterator[tuple[list[str], AOBaseConfig]]:
-    """For each configuration of a mapping the weights that it is for."""
-    found: dict[int, tuple[list[str], AOBaseConfig]] = {}
+def _by_name(model: nn.Module, config: FqnToConfig) -> Iterator[tuple[list[str], AOBaseConfig, bool]]:
+    """For each configuration of a mapping the weights that it is for, and whether the key named them or their modules."""
+    found: dict[tuple[int, bool], tuple[list[str], AOBaseConfig, bool]] = {}
+    known = {fqn for target in targets(model) for fqn in (target.fqn, *target.tied)}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             fqn = f"{module_name}.{name}" if module_name else name
-            key = _key(config.fqn_to_config, module_name, fqn, name, is_linear(module))
+            weight = name == "weight" or fqn in known
+            key, by_parameter = _key(config.fqn_to_config, module_name, fqn, weight, is_linear(module))
             one = config.fqn_to_config.get(key) if key is not None else None
             if one is not None and isinstance(parameter, Tensor):
-                found.setdefault(id(one), ([], one))[0].append(fqn)
+                found.setdefault((id(one), by_parameter), ([], one, by_parameter))[0].append(fqn)
     yield from found.values()
 
 
-def _key(given: Mapping[str, Any], module_name: str, fqn: str, name: str, linear: bool) -> str | None:
-    """The key of a mapping that decides about a parameter: its own name, its module's, the first expression, the default."""
+def _key(given: Mapping[str, Any], module_name: str, fqn: str, weight: bool, linear: bool) -> tuple[str | None, bool]:
+    """The key of a mapping that decides about a parameter, and whether it names the parameter itself.
+
+    In this order: its own name, its module's, an expression that fits its name and not its module's, one that fits its
+    module's, the default. A module's key is for its weights, not for a bias.
+    """
     if fqn in given:
-        return fqn
-    expressions = [key for key in given if key.startswith("re:")]
-    own = next((key for key in expressions if re.fullmatch(key[3:], fqn)), None)
-    if own is not None or name != "weight":
-        return own
+        return fqn, True
     if module_name in given:
-        return module_name
-    by_module = next((key for key in expressions if re.fullmatch(key[3:], module_name)), None)
-    return by_module or ("_default" if linear and "_default" in given else None)
+        return (module_name if weight else None), False
+    expressions = [key for key in given if key.startswith("re:")]
+    of_module = [key for key in expressions if re.fullmatch(key[3:], module_name)]
+    own = next((key for key in expressions if key not in of_module and re.fullmatch(key[3:], fqn)), None)
+    if own is not None:
+        return own, True
+    if not weight:
+        return None, False
+    return of_module[0] if of_module else "_default" if linear and "_default" in given else None, False
 
 
 def fqn_matches_fqn_config(fqn: str, config: FqnToConfig) -> bool:
@@ -176,9 +188,12 @@ def fqn_matches_fqn_config(fqn: str, config: FqnToConfig) -> bool:
 
 
 def _carry_out(
-    model: nn.Module, names: list[str], config: AOBaseConfig, device: torch.device | None
+    model: nn.Module, names: list[str], config: AOBaseConfig, device: torch.device | None, by_parameter: bool
 ) -> tuple[ReportRow, ...]:
     handler, row = _handler(config), row_of(config)
+    if handler is not None and by_parameter:
+        _parameters_by_handler(model, names, config, handler)
+        return ()
     if handler is not None:
         modules = {name.rpartition(".")[0] for name in names}
         _by_handler(model, config, handler, lambda module, name: name in modules, device)
@@ -190,7 +205,9 @@ def _carry_out(
     _as_parameters(model, names)
     known = {fqn: target for target in targets(model) for fqn in (target.fqn, *target.tied)}
     strange = [name for name in names if name not in known]
-    if strange:
+    alone = tuple(_by_itself(model, name, config, row) for name in strange) if by_parameter else ()
+    names = [name for name in names if name in known]
+    if strange and not by_parameter:
         module = model.get_submodule(strange[0].rpartition(".")[0])
         raise MisfitError(
             f"{strange[0]} of {type(module).__name__} is no weight that multiplies or looks up: leave it out of filter_fn."
@@ -198,9 +215,14 @@ def _carry_out(
     by_scheme: dict[str, list[str]] = {}
     for name in names:
         scheme = one_spelling(row.scheme(config, known[name].weight.dtype), known[name].matrix_shape)
+        if known[name].kind == "conv" and "@" in scheme:
+            warnings.warn(
+                f"{name} is a convolution: its weight is quantized, its activation stays in floats.", stacklevel=4
+            )
+            scheme = scheme.partition("@")[0]
         by_scheme.setdefault(scheme, []).append(name)
     if not names:
-        return ()
+        return alone
     rules = {f"re:{'|'.join(re.escape(name) for name in group)}": scheme for scheme, group in by_scheme.items()}
     report = quantize_by_rules(
         model, rules, method=numbers.method(row.name, _with_static(row.numbers(config), config)), device=device,
@@ -208,7 +230,29 @@ def _carry_out(
     )  # fmt: skip
     show(model, report, TENSORS[row.tensor(config)])
     _warn_of_skipped(report, row.name)
-    return report.rows
+    return alone + report.rows
+
+
+def _by_itself(model: nn.Module, fqn: str, config: AOBaseConfig, row: ConfigRow) -> ReportRow:
+    """Quantize a matrix that belongs to no layer that we know, as its key asks for."""
+    module_name, _, name = fqn.rpartition(".")
+    module = model.get_submodule(module_name)
+    weight = getattr(module, name).detach()
+    if weight.dim() < 2 or not weight.is_floating_point():
+        raise MisfitError(f"{fqn} {tuple(weight.shape)} is no matrix of floats: give it None in the mapping.")
+    scheme = one_spelling(row.scheme(config, weight.dtype), tuple(weight.shape))
+    with torch.no_grad():
+        parts = _with_static(row.numbers(config), config)(weight, Scheme.parse(scheme).weight)
+        made: Any = TENSORS[row.tensor(config)].from_parts(parts, scheme, dtype=weight.dtype)
+        made = in_best_layout(made)
+        error = (made.dequantize(torch.float32) - weight).norm() / weight.float().norm().clamp(min=1e-30)
+    setattr(module, name, nn.Parameter(made, requires_grad=False))
+    _describe(module)
+    return ReportRow(
+        fqn=fqn, tied=(), kind="parameter", shape=tuple(weight.shape), scheme=scheme, layout=made.spec.layout, kernel="",
+        bytes_before=weight.nbytes, bytes_after=sum(t.nbytes for t in made.packed.values()), error=float(error),
+        why="a key names it; what it multiplies is not known",
+    )  # fmt: skip
 
 
 def _as_parameters(model: nn.Module, names: list[str]) -> None:
@@ -248,7 +292,22 @@ def show(model: nn.Module, report: Report, kind: type[View]) -> None:
         shown = nn.Parameter(kind.of_qtensor(q), requires_grad=False)
         for fqn in (row.fqn, *row.tied):
             module_name, _, name = fqn.rpartition(".")
-            setattr(model.get_submodule(module_name), name, shown)
+            module = model.get_submodule(module_name)
+            setattr(module, name, shown)
+            _describe(module)
+
+
+def _describe(module: nn.Module) -> None:
+    """Let `print(model)` say how a module is quantized."""
+    module.extra_repr = types.MethodType(_extra_repr, module)  # type: ignore[method-assign]
+
+
+def _extra_repr(self: nn.Module) -> str:
+    told = [type(self).extra_repr(self)]
+    for name, parameter in self.named_parameters(recurse=False):
+        if isinstance(parameter, View):
+            told.append(f"{name}={type(parameter).__name__}({parameter._quantization_type()})")
+    return ", ".join(part for part in told if part)
 
 
 def _warn_of_skipped(report: Report, name: str) -> None:
@@ -284,6 +343,17 @@ def _by_handler(
     model: nn.Module, config: AOBaseConfig, handler: Handler, filter_fn: Filter, device: torch.device | None
 ) -> None:
     replace_modules(model, lambda module: handler(module.to(device) if device else module, config), filter_fn)
+
+
+def _parameters_by_handler(model: nn.Module, names: list[str], config: AOBaseConfig, handler: Handler) -> None:
+    if "parameter_name" not in inspect.signature(handler).parameters:
+        raise TensorRuleError(
+            f"{type(config).__name__} does not yet support parameter quantization, which {names[0]!r} asks for: name its module, "
+            "or let its handler take parameter_name."
+        )
+    for fqn in names:
+        module_name, _, name = fqn.rpartition(".")
+        handler(model.get_submodule(module_name), config, parameter_name=name)
 
 
 def replace_modules(

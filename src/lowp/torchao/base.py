@@ -41,7 +41,7 @@ class TorchAOBaseTensor(Tensor):
         super().__init_subclass__(**kwargs)
         for table in ("_ATEN_OP_TABLE", "_TORCH_FN_TABLE"):
             inherited: dict[Any, Callable[..., Any]] = {}
-            for parent in reversed(cls.__mro__[1:]):
+            for parent in cls.__bases__:  # a parent's table holds its own parents'; of two parents the later one wins
                 inherited.update(parent.__dict__.get(table, {}).get(parent, {}))
             setattr(cls, table, {cls: inherited})
 
@@ -65,6 +65,10 @@ class TorchAOBaseTensor(Tensor):
         own = cls._TORCH_FN_TABLE.get(cls, {}).get(func)
         if own is not None:
             return own(func, types, args, kwargs or {})
+        if func is Tensor.contiguous and _named(
+            cls, "tensor_data_names"
+        ):  # torch sees a wrapper, whose strides say nothing
+            return args[0]._apply_fn_to_data(lambda tensor: tensor.contiguous(*args[1:], **(kwargs or {})))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -77,7 +81,8 @@ class TorchAOBaseTensor(Tensor):
         if common is not None:
             return common(func, args, kwargs or {})
         raise TensorRuleError(
-            f"{cls.__name__} does not implement {func}: add it with @{cls.__name__}.implements({func}), or dequantize first."
+            f"{cls.__name__} does not implement {func}: add it with @{cls.__name__}.implements({func}), or dequantize first. "
+            f"It was called with arg_types={tuple(map(type, args))}, kwarg_types={_types(kwargs or {})}."
         )
 
     # -- inner tensors ----------------------------------------------------------------------------------------------------
@@ -106,9 +111,15 @@ class TorchAOBaseTensor(Tensor):
         return self._from_inner({name: fn(getattr(self, name)) for name in names}, *context)
 
     def _get_to_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The device and dtype that `.to(...)` was given."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        return {"device": self.device if device is None else device, "dtype": self.dtype if dtype is None else dtype}
+        """The device, dtype and non_blocking that `.to(...)` was given; a layout, the one there is, is passed over."""
+        args = tuple(arg for arg in args if not isinstance(arg, torch.layout))
+        kwargs.pop("layout", None)
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        return {
+            "device": self.device if device is None else torch.device(device),
+            "dtype": self.dtype if dtype is None else dtype,
+            "non_blocking": non_blocking,
+        }
 
     def get_layout(self) -> Any:
         """Where torchao's bytes lay before 0.16; None where a tensor does not say."""
@@ -133,6 +144,10 @@ class TorchAOBaseTensor(Tensor):
 
 def _named(cls: type, what: str) -> list[str]:
     return getattr(cls, what, None) or []
+
+
+def _types(given: dict[str, Any]) -> dict[str, type]:
+    return {name: type(value) for name, value in given.items()}
 
 
 def _into(
@@ -172,17 +187,35 @@ def _with_dtype(names: Sequence[str], values: Sequence[Any], dtype: torch.dtype)
 
 def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
-    ours, theirs = (
-        target.__tensor_flatten__(),
-        source.__tensor_flatten__() if hasattr(source, "__tensor_flatten__") else None,
-    )
-    if type(target) is not type(source) or target.shape != source.shape or ours != theirs:
-        raise MisfitError(
-            f"copy_ wants the same class, shape and attributes, got {source!r:.200} into {target!r:.200}."
-        )
-    for name in ours[0]:
+    different = differences(target, source)
+    if different:
+        raise MisfitError(f"copy_ wants two tensors alike, got a metadata mismatch: {', '.join(different)}")
+    for name in target.__tensor_flatten__()[0]:
         getattr(target, name).copy_(getattr(source, name))
     return target
+
+
+def differences(target: Any, source: Any) -> list[str]:
+    """What keeps `target.copy_(source)` from being a copy of the inner tensors, each as "what: its own vs the other's"."""
+    cls = type(target)
+    if cls is not type(source):
+        return [f"type: {cls.__name__} vs {type(source).__name__}"]
+    found = [] if target.shape == source.shape else [f"shape: {target.shape} vs {source.shape}"]
+    for name in [*_named(cls, "tensor_data_names"), *_named(cls, "optional_tensor_data_names")]:
+        ours, theirs = getattr(target, name, None), getattr(source, name, None)
+        if (ours is None) != (theirs is None):
+            found.append(f"{name}: {_tensor_or_none(ours)} vs {_tensor_or_none(theirs)}")
+        elif ours is not None and ours.shape != theirs.shape:
+            found.append(f"{name}.shape: {ours.shape} vs {theirs.shape}")
+    for name in [*_named(cls, "tensor_attribute_names"), *_named(cls, "optional_tensor_attribute_names")]:
+        ours, theirs = getattr(target, name, None), getattr(source, name, None)
+        if ours != theirs:
+            found.append(f"{name}: {ours!r} vs {theirs!r}")
+    return found
+
+
+def _tensor_or_none(x: Any) -> str:
+    return "None" if x is None else "Tensor"
 
 
 _COMMON: dict[Any, Callable[..., Any]] = {

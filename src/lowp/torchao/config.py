@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import importlib
 import json
 import warnings
 from collections import OrderedDict
@@ -170,6 +171,12 @@ def _nvfp4(config: Any) -> str:
     return "e2m1/1x16*e4m3/tensor" if config.use_dynamic_per_tensor_scale else "e2m1/1x16*e4m3"
 
 
+def _static_int8(config: Any) -> None:
+    act, _ = _pair(config.granularity, PerRow())
+    if isinstance(act, PerRow) and act.dim != -1:
+        raise MisfitError(f"a static activation scale is one for each token, PerRow(dim=-1), or one: got {act}.")
+
+
 def _no_step(config: Any) -> None:
     if config.step is not None:
         raise MisfitError(
@@ -186,6 +193,17 @@ CONFIG_ROWS = (
         },
         scheme=lambda c, dtype: f"int4/{block_of(PerGroup(c.group_size))}{scale_of(dtype)}+fp32",
         tensor=lambda c: _INT4_TENSORS[Int4PackingFormat(c.int4_packing_format)], numbers=_int4_numbers,
+    ),
+    ConfigRow(
+        name="PrototypeInt4WeightOnlyConfig", about="int4 by groups, asymmetric: torchao's for CPUs",
+        fields={
+            "group_size": 128, "int4_choose_qparams_algorithm": Int4ChooseQParamsAlgorithm.TINYGEMM, "set_inductor_config": True,
+        },
+        scheme=lambda c, dtype: f"int4/{block_of(PerGroup(c.group_size))}{scale_of(dtype)}+fp32",
+        tensor=lambda c: "Int4OpaqueTensor",
+        numbers=lambda c: (
+            numbers.hqq_asymmetric if c.int4_choose_qparams_algorithm == Int4ChooseQParamsAlgorithm.HQQ else numbers.tinygemm
+        ),
     ),
     ConfigRow(
         name="Float8DynamicActivationInt4WeightConfig", about="int4 weights, float8 activations",
@@ -213,7 +231,7 @@ CONFIG_ROWS = (
             "act_quant_scale": None, "act_quant_zero_point": None, "granularity": PerRow,
             "act_mapping_type": MappingType.SYMMETRIC, "set_inductor_config": True, "version": 1, "reduce_range": False,
         },
-        scheme=_int8_scheme, tensor=lambda c: "Int8Tensor", numbers=lambda c: numbers.int8,
+        scheme=_int8_scheme, tensor=lambda c: "Int8Tensor", numbers=lambda c: numbers.int8, settle=_static_int8,
         methods={"get_act_quant_kwargs": _act_quant_kwargs},
     ),
     ConfigRow(
@@ -431,7 +449,8 @@ def classes() -> dict[str, type]:
     }
 
 
-ALLOWED_AO_MODULES = {"torchao.quantization", "torchao.prototype.mx_formats", "torchao.prototype.quantization"}
+_OWN_MODULES = frozenset({"torchao.quantization", "torchao.prototype.mx_formats", "torchao.prototype.quantization"})
+ALLOWED_AO_MODULES = set(_OWN_MODULES)  # a third party adds the module of its configurations
 
 
 def config_to_dict(config: AOBaseConfig) -> dict[str, Any]:
@@ -500,9 +519,10 @@ def from_plain(value: Any) -> Any:
         if not isinstance(dtype, torch.dtype):
             raise SpellingError.of("dtype", str(data), [str(d).removeprefix("torch.") for d in _dtypes()])
         return dtype
-    kind = classes().get(name)
+    kind = classes().get(name) or _allowed(name)
     if kind is None:
-        raise SpellingError.of("configuration", name, classes())
+        near = SpellingError.of("configuration", name, classes())
+        raise SpellingError(f"Failed to find class {name} in any of the allowed modules: {near}")
     if issubclass(kind, enum.Enum):
         if data not in kind.__members__:
             raise SpellingError.of(name, str(data), kind.__members__)
@@ -513,6 +533,16 @@ def from_plain(value: Any) -> Any:
         raise SpellingError.of(f"field of {name}", unknown[0], fields)
     version = {"version": value["_version"]} if "version" in fields and "_version" in value else {}
     return kind(**{key: from_plain(item) for key, item in data.items()}, **version)
+
+
+def _allowed(name: str) -> type | None:
+    """A third party's configuration, from the modules that it added to ALLOWED_AO_MODULES."""
+    allowed = importlib.import_module(f"{__package__}.core.config").ALLOWED_AO_MODULES  # as seen, and set, from outside
+    for module in sorted(set(allowed) - _OWN_MODULES):
+        kind = getattr(importlib.import_module(module), name, None)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            return kind
+    return None
 
 
 def _dtypes() -> list[torch.dtype]:

@@ -182,7 +182,7 @@ def quantize_activation_per_token_absmax(t: Tensor) -> tuple[Tensor, Tensor]:
     """An activation (..., K) in symmetric int8 and a scale for each token; scales are at least 1e-5, codes within +-127."""
     block = (1,) * (t.dim() - 1) + (t.shape[-1],)
     scale, zero = affine.choose_qparams_affine(
-        t, MappingType.SYMMETRIC, block, torch.int8, -127, 127, eps=1e-5, scale_dtype=_scale_dtype(t), keepdim=True
+        t, MappingType.SYMMETRIC, block, torch.int8, -127, 127, eps=1e-5, scale_dtype=_scale_dtype(t)
     )
     return affine.quantize_affine(t, block, scale, zero, torch.int8, -127, 127), scale
 
@@ -215,3 +215,39 @@ def dequantize_per_tensor(
 ) -> Tensor:
     """The values of codes of any shape by one scale."""
     return affine.affine_values(int_repr, tuple(int_repr.shape), scale, zero_point, out_dtype)
+
+
+def per_token_block_size(x: Tensor) -> list[int]:
+    """The block_size of a scale for each token: the whole of the last axis.
+
+    >>> per_token_block_size(torch.zeros(2, 3, 8))
+    [1, 1, 8]
+    """
+    return list(get_block_size(tuple(x.shape), PerToken()))
+
+
+# -- integer products ---------------------------------------------------------------------------------------------------
+
+
+def safe_int_mm(input: Tensor, mat2: Tensor) -> Tensor:
+    """int8 (M, K) @ int8 (K, N) as int32 (M, N), for any M, K and N: on CUDA both are padded to what its product takes.
+
+    >>> safe_int_mm(torch.full((1, 2), 3, dtype=torch.int8), torch.full((2, 1), 4, dtype=torch.int8))
+    tensor([[24]], dtype=torch.int32)
+    """
+    if input.device.type != "cuda":
+        return torch._int_mm(input, mat2)
+    (rows, inner), columns = input.shape, mat2.shape[1]
+    more_rows, more_inner, more_columns = (
+        max(17 - rows, 0),
+        -inner % 8,
+        -columns % 8,
+    )  # cuBLAS: M > 16, K and N in eights
+    left = torch.nn.functional.pad(input, (0, more_inner, 0, more_rows))
+    right = torch.nn.functional.pad(mat2, (0, more_columns, 0, more_inner))
+    return torch._int_mm(left, right)[:rows, :columns]
+
+
+def int_scaled_matmul(a: Tensor, b: Tensor, scales1: Tensor) -> Tensor:
+    """int8 (M, K) @ int8 (K, N) times a scale for each row, (M, 1) or one; in the scale's dtype."""
+    return safe_int_mm(a, b) * scales1

@@ -73,6 +73,12 @@ class _Int4(View):
         return quantized(cls, w, scheme, numbers.int4_symmetric if float8 else numbers.int4)
 
 
+def _bmm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    """torch.bmm(x, weight) where the weight lies as linear layers have it, (B, N, K), as torchao's int4 tensors mean it."""
+    x, weight = args
+    return torch.matmul(x, weight if weight.transposed else weight.transpose(-2, -1))
+
+
 class Int4Tensor(_Int4):
     """int4 weights by groups, bytes as mslk has them."""
 
@@ -150,3 +156,7 @@ class Int4TilePackedTo4dTensor(_Int4):
         layout = layout_of("tinygemm")
         fits = hp_tensor.device.type == "cuda" and not layout.why_not(made.format, tuple(made.shape), "cuda")
         return made.to_layout("tinygemm") if fits else made
+
+
+for _kind in (Int4Tensor, Int4PlainInt32Tensor, Int4OpaqueTensor, Int4PreshuffledTensor, Int4TilePackedTo4dTensor):
+    _kind.implements(torch.ops.aten.bmm.default)(_bmm)

@@ -9,6 +9,7 @@ Source: QLoRA, arXiv 2305.14314, section 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import MisfitError, TensorRuleError
 from ..numerics import ELEMENTS, Scheme, quantize
 from ..numerics.bits import pack_bits
 from ..tensor.qtensor import RULES
@@ -75,6 +77,16 @@ class NF4Tensor(View):
         return super().to(*args, **kwargs)
 
     @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except (MisfitError, TensorRuleError) as error:
+            what = _refused(func, *args)
+            if what is None:
+                raise
+            raise TensorRuleError(f"{func.overloadpacket}(NF4Tensor) {what}: {error}") from error
+
+    @classmethod
     def from_tensor(cls, input_tensor: Tensor, block_size: int = 64, scaler_block_size: int = 256) -> NF4Tensor:
         """Quantize a float tensor whose last axis is a multiple of block_size."""
         scheme = f"nf4/1x{block_size}*int8/1x{scaler_block_size}"
@@ -89,6 +101,32 @@ def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     if dtype is None:
         return RULES[func](func, args, kwargs)
     return args[0].dequantize(dtype).to(kwargs.get("device") or args[0].device)
+
+
+@NF4Tensor.implements(aten.copy_.default)
+def _copy_(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    target, source = args[:2]
+    other = isinstance(source, NF4Tensor) and source.scheme != target.scheme  # as a checkpoint of other blocks
+    return RULES[func](func, (target, source.dequantize() if other else source), kwargs)
+
+
+def _refused(func: Any, x: Any, *args: Any) -> str | None:
+    """What of an operation NF4Tensor does not have, in torchao's words."""
+    if func is aten.new_zeros.default:
+        return f"with new size {tuple(args[0])}"
+    if func is aten.as_strided.default:
+        size, stride, offset = (*args, 0)[:3]
+        if math.prod(size) != x.numel():
+            return f"different numel={x.numel()} and size={tuple(size)}"
+        return (
+            "only support original storage offset" if offset else f"only support continuous stride, got {tuple(stride)}"
+        )
+    if func is aten.slice.Tensor:
+        dim, start, _, step = (*args, *(0, 0, None, 1)[len(args) :])
+        return (
+            "with customized step" if step != 1 else f"with dim={dim}" if dim else "with start" if start else "with end"
+        )
+    return None
 
 
 def to_nf4(tensor: Tensor, block_size: int = 64, scaler_block_size: int = 256) -> NF4Tensor:

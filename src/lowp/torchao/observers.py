@@ -93,8 +93,9 @@ class AffineQuantizedMinMaxObserver(AffineQuantizedObserverBase):
             self.min_val, self.max_val = low, high
             return input
         if low.shape != self.min_val.shape:
-            raise MisfitError(
-                f"an observer wants one number of blocks, got {tuple(low.shape)} after {tuple(self.min_val.shape)}."
+            raise affine.AssertedError(
+                f"Can't update existing min_val - shape mismatch, self.min_val:{self.min_val.shape} != min_val:{low.shape}: "
+                "an observer wants one number of blocks."
             )
         self.min_val, self.max_val = torch.minimum(self.min_val, low), torch.maximum(self.max_val, high)
         return input

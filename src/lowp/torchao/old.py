@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .apply import is_linear, quantize_
 from .config import CONFIGS, AOBaseConfig
+from .views import View
 from .words import Int4ChooseQParamsAlgorithm, Int4PackingFormat, MappingType
 
 _E4M3 = torch.float8_e4m3fn
@@ -126,6 +127,10 @@ class Quantizer:
         raise NotImplementedError(f"{type(self).__name__} wants a quantize method.")
 
 
+class Int8DynActInt4WeightLinear(nn.Linear):
+    """A linear layer with an int4 weight by groups and int8 activations, as Int8DynActInt4WeightQuantizer leaves it."""
+
+
 class Int8DynActInt4WeightQuantizer(Quantizer):
     """int4 weights by groups, int8 activations; a layer whose columns the group does not divide stays as it is."""
 
@@ -135,6 +140,9 @@ class Int8DynActInt4WeightQuantizer(Quantizer):
     def quantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         """The model, quantized in place."""
         quantize_(model, int8_dynamic_activation_int4_weight(self.groupsize), _divided(self.groupsize))
+        for module in model.modules():
+            if type(module) is nn.Linear and isinstance(module.weight, View):
+                module.__class__ = Int8DynActInt4WeightLinear
         return model
 
 

@@ -7,7 +7,9 @@ hang on it.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -112,10 +114,40 @@ def get_available_devices() -> list[str]:
     return devices
 
 
-def get_current_accelerator_device() -> str | None:
-    """The kind of the accelerator, None without one."""
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return None if found is None else found.type
+def get_current_accelerator_device() -> torch.device | None:
+    """The accelerator, None without one."""
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
+def _is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _is_mslk_available() -> bool:
+    return _is_there("mslk")
+
+
+def _is_flashinfer_available() -> bool:
+    return _is_there("flashinfer")
+
+
+def _is_fbgemm_gpu_genai_available() -> bool:
+    return _is_there("fbgemm_gpu") and _is_there("fbgemm_gpu.experimental.gen_ai")
+
+
+def is_mslk_version_at_least(min_version: str) -> bool:
+    """Whether mslk is there in this version or a later one."""
+    return is_package_at_least("mslk", min_version)
+
+
+def check_cpu_version(device: Any, version: str = "2.6.0") -> bool:
+    """Whether this is the CPU and torch is this version or a later one."""
+    return torch.device(device).type == "cpu" and torch_version_at_least(version)
+
+
+def check_xpu_version(device: Any, version: str = "2.8.0") -> bool:
+    """Whether this is one of Intel's GPUs and torch is this version or a later one."""
+    return torch.device(device).type == "xpu" and torch_version_at_least(version)
 
 
 # -- versions ---------------------------------------------------------------------------------------------------------------
@@ -137,8 +169,13 @@ def parse_version(version_string: str) -> list[int]:
 
 
 def torch_version_at_least(min_version: str) -> bool:
-    """Whether torch is this version or a later one."""
-    return parse_version(torch.__version__) >= parse_version(min_version)
+    """Whether torch is this version or a later one; what comes before a release (2.5.0a0, 2.5.0.dev...) is less than it."""
+    return _with_stage(torch.__version__) >= _with_stage(min_version)
+
+
+def _with_stage(version: str) -> tuple[list[int], bool]:
+    """The numbers of a version, and whether it is a release."""
+    return parse_version(version), re.search(r"\d(a|b|rc)\d|\.dev", version.partition("+")[0]) is None
 
 
 def is_package_at_least(package_name: str, min_version: str) -> bool:
@@ -315,3 +352,14 @@ class DummyModule(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = bias
+
+
+# -- flags of torchao before 0.14 -------------------------------------------------------------------------------------------
+
+TORCH_VERSION_AT_LEAST_2_2 = TORCH_VERSION_AFTER_2_2 = torch_version_at_least("2.2.0")
+TORCH_VERSION_AT_LEAST_2_3 = TORCH_VERSION_AFTER_2_3 = torch_version_at_least("2.3.0")
+TORCH_VERSION_AT_LEAST_2_4 = TORCH_VERSION_AFTER_2_4 = torch_version_at_least("2.4.0")
+TORCH_VERSION_AT_LEAST_2_5 = TORCH_VERSION_AFTER_2_5 = torch_version_at_least("2.5.0")
+TORCH_VERSION_AT_LEAST_2_6 = torch_version_at_least("2.6.0")
+TORCH_VERSION_AT_LEAST_2_7 = torch_version_at_least("2.7.0")
+TORCH_VERSION_AT_LEAST_2_8 = torch_version_at_least("2.8.0")

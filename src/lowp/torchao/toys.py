@@ -131,8 +131,7 @@ class _Engine:
             expected = weight.dequantize().narrow(dim, 256, 512)
             assert torch.equal(weight.narrow(dim, 256, 512).dequantize(), expected)
 
-    def _test_chunk_similar_to_vllm_llama4(self, config: AOBaseConfig, dim: int) -> None:
-        weight = _quantized(config).weight.data
+    def _test_chunk_similar_to_vllm_llama4(self, weight: Any, dim: int) -> None:
         for part, expected in zip(weight.chunk(2, dim), weight.dequantize().chunk(2, dim), strict=True):
             assert torch.equal(part.dequantize(), expected)
 

@@ -64,7 +64,9 @@ class Shown:
         view._follow()
         return view._shown().get(self.name)
 
-    def __set__(self, view: Any, tensor: Tensor | None) -> None:
+    def __set__(self, view: Any, tensor: Tensor | float | None) -> None:
+        if isinstance(tensor, (int, float)) and self.name == "act_pre_scale":
+            tensor = torch.full((view.spec.shape[-1],), float(tensor), dtype=view.dtype, device=view.device)
         view._exchange(self.name, tensor)
 
 
@@ -245,7 +247,9 @@ class View(QTensor, TorchAOBaseTensor):
         return QTensor.__repr__(self)
 
     def _quantization_type(self) -> str:
-        return f"scheme={self.scheme}, shape={tuple(self.shape)}, device={self.device}, layout={self.spec.layout}"
+        act = getattr(self, "act_quant_kwargs", None)
+        told = f"scheme={self.scheme}, shape={tuple(self.shape)}, device={self.device}, layout={self.spec.layout}"
+        return told + (f", act_quant_kwargs={act}" if act is not None else "")
 
 
 def require(given: dict[str, Any], *names: str) -> tuple[Any, ...]:
