@@ -1,8 +1,8 @@
 """Packed weights on huge pages of memory, for products that stream them.
 
-A product of few tokens reads each byte of a weight once, as fast as memory gives it. Behind pages of 4 KB that is not as fast as it
-can be: every page wants an entry of its own in the tables of addresses (more than the processor holds), and the fetching ahead that
-the hardware does ends at its edge. On pages of 2 MB a core reads a fifth to a third more a second.
+A product of few tokens reads each byte of a weight once, as fast as memory gives it. Behind pages of 4 KB that is not as fast as
+it can be: every page wants an entry of its own in the tables of addresses (more than the processor holds), and the fetching ahead
+that the hardware does ends at its edge. On pages of 2 MB a core reads a fifth to a third more a second.
 
 Linux gives them to fresh anonymous memory that asks (`madvise(MADV_HUGEPAGE)`; the setting "madvise" or "always" of
 `/sys/kernel/mm/transparent_hugepage/enabled`), where an aligned piece of 2 MB is mapped whole. So all tensors of a weight go into
@@ -40,7 +40,7 @@ def _mapping(size: int) -> tuple[mmap.mmap, int]:
 
 
 def on_huge_pages(packed: Packed) -> Packed:
-    """The same tensors in memory of huge pages, where they are on a CPU and fill one together.
+    """The same contiguous tensors in memory of huge pages, where they are on a CPU and fill one together.
 
     >>> on_huge_pages({"qdata": torch.zeros(4)})["qdata"]
     tensor([0., 0., 0., 0.])
@@ -55,6 +55,6 @@ def on_huge_pages(packed: Packed) -> Packed:
         moved[name] = tensor
         if tensor.numel():
             storage = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=place).untyped_storage()
-            moved[name] = tensor.new_empty(0).set_(storage, 0, tensor.shape).copy_(tensor)
+            moved[name] = tensor.new_empty(0).set_(storage, 0, tensor.shape, tensor.stride()).copy_(tensor)
             place += _room(tensor)
     return moved

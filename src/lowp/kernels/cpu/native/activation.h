@@ -45,14 +45,16 @@ struct Range {
   int32_t top = 0, bottom = 0;  // bits of max(x, 0) and of max(-x, 0): floats of one sign are ordered as integers are, NaN on top
 };
 
-inline void widen(Range& range, const float* x, int64_t count) {
+// `both`: where only the larger of the two is wanted, in each.
+inline void widen(Range& range, const float* x, int64_t count, bool both) {
   Lanes::I top = Lanes::spread(range.top), bottom = Lanes::spread(range.bottom);
   for (int64_t i = 0; i < count; i += 16) {
     const Lanes::F v = Lanes::load_f(x + i);
     top = Lanes::larger(top, Lanes::bits(v));
     bottom = Lanes::larger(bottom, Lanes::bits(Lanes::negated(v)));
   }
-  range = {Lanes::largest(top), Lanes::largest(bottom)};
+  range.top = Lanes::largest(both ? Lanes::larger(top, bottom) : top);
+  range.bottom = both ? range.top : Lanes::largest(bottom);
 }
 
 struct Grid {
@@ -110,13 +112,14 @@ inline void quantize_row(const Job& job, const Activation& a, int64_t row, int r
     for (int64_t at = from; at < from + length; at += 512) {
       int64_t count = from + length - at < 512 ? from + length - at : 512;
       read(a, row, at, count, x);
-      widen(range, x, count);
+      widen(range, x, count, !a.asymmetric);
     }
     const Grid grid = grid_of(a, range);
     for (int64_t at = from; at < from + length; at += job.segment) {
       const int64_t s = at / job.segment, count = from + length - at < job.segment ? from + length - at : job.segment;
-      read(a, row, at, count, x);
-      const int32_t sum = quantize(x, count, grid, a.asymmetric, q);
+      const float* piece = length > 512 ? x : x + (at - from);  // a short run is there already
+      if (length > 512) read(a, row, at, count, x);
+      const int32_t sum = quantize(piece, count, grid, a.asymmetric, q);
       for (int64_t i = 0; i < count / 4; i++) __builtin_memcpy(&words[(at / 4 + i) * R + r], q + 4 * i, 4);
       const int64_t place = (at_block * job.segments + s) * R + r;
       if (job.xscale) job.xscale[place] = grid.scale;

@@ -183,25 +183,27 @@ inline float scale_factor(const Job& job) { return job.dot == Dot::u8 && !job.w.
 
 // -- results ----------------------------------------------------------------------------------------------------------
 
+// 16 numbers that are added to a tile's results, of which `count` are there.
+inline Lanes::F read_bias(const Job& job, int64_t row, int64_t count) {
+  alignas(64) float values[16] = {};
+  if (count == kTileRows && job.bias_type == Type::fp32) return Lanes::load_f(static_cast<const float*>(job.bias) + row);
+  if (count == kTileRows && job.bias_type == Type::bf16) return Lanes::load_bf16(static_cast<const uint16_t*>(job.bias) + row);
+  for (int64_t r = 0; r < count; r++) values[r] = one_scale(job.bias, job.bias_type, row + r);
+  return Lanes::load_f(values);
+}
+
 // One token's 16 results of a tile: the parts of its splits added, the token's scale, what its zero point is due, bias.
 inline void write_tile(const Job& job, int64_t tile, int64_t token, const float* sums, int64_t stride) {
   const int64_t row = tile * kTileRows, count = job.w.n - row < kTileRows ? job.w.n - row : kTileRows;
-  alignas(64) float values[16] = {};
-  for (int r = 0; r < 16; r++) values[r] = sums[r];
-  for (int s = 1; s < job.splits; s++)
-    for (int r = 0; r < 16; r++) values[r] += sums[s * stride + r];
-  if (job.token_scale)
-    for (int r = 0; r < 16; r++) values[r] *= job.token_scale[token];
-  for (int r = 0; r < 16 && (job.shift || job.bias); r++) {
-    const int64_t n = row + (r < count ? r : 0);
-    if (job.shift) values[r] -= job.shift[token] * job.w.row_sum[n];
-    if (job.bias) values[r] += one_scale(job.bias, job.bias_type, n);
-  }
+  Lanes::F v = Lanes::load_f(sums);
+  for (int s = 1; s < job.splits; s++) v = Lanes::add(v, Lanes::load_f(sums + s * stride));
+  if (job.token_scale) v = Lanes::mul(v, Lanes::spread(job.token_scale[token]));
+  if (job.shift) v = Lanes::fnma(Lanes::load_f(job.w.row_sum + row), Lanes::spread(job.shift[token]), v);
+  if (job.bias) v = Lanes::add(v, read_bias(job, row, count));
   const int size = job.out_type == Type::fp32 ? 4 : 2;
   uint8_t* to = static_cast<uint8_t*>(job.out) + (token * job.out_stride + row) * size;
   alignas(64) uint8_t whole[64];
   uint8_t* at = count == kTileRows ? to : whole;
-  const Lanes::F v = Lanes::load_f(values);
   if (job.out_type == Type::fp32)
     Lanes::store_f(reinterpret_cast<float*>(at), v);
   else if (job.out_type == Type::bf16)
@@ -235,8 +237,8 @@ inline int64_t columns_at_once(const Job& job) {
 }
 
 // A block of R rows times T tiles of a panel, over some segments: the sums (R, 16 of a panel) in `total` grow. They stay in registers
-// meanwhile (`Held`) where these suffice.
-template <class Of, int R, int T, int Panel, bool Held>
+// meanwhile (`Held`) where these suffice. `Steps` of a segment are one piece of code.
+template <class Of, int R, int T, int Panel, bool Held = false, int Steps = 4>
 void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t segments, const uint8_t* lines, const float* scales,
                        const float* zeros, float* total) {
   constexpr int Chains = R * T == 1 ? 4 : R * T == 2 ? 2 : 1;  // sums of their own where one would wait for itself
@@ -262,7 +264,7 @@ void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t seg
     });
     const uint8_t* past = lines + (left < segment ? left : segment) / 4 * Of::steps * Panel * 64;
     do {
-      unroll<0, 4>([&](auto u) LOWP_INLINE {
+      unroll<0, Steps>([&](auto u) LOWP_INLINE {
         typename Of::Word w[T];
         unroll<0, T>([&](auto t) LOWP_INLINE { w[t.value] = Of::load(lines + (u.value * Panel + t.value) * 64); });
         unroll<0, R>([&](auto r) LOWP_INLINE {
@@ -273,8 +275,8 @@ void block_times_lines(const Job& job, int64_t block, int64_t first, int64_t seg
           });
         });
       });
-      lines += 4 * Panel * 64;
-      words += 4 * R;
+      lines += Steps * Panel * 64;
+      words += Steps * R;
     } while (lines < past);
     unroll<0, T>([&](auto t) LOWP_INLINE {
       const Lanes::F scale = Lanes::load_f(scales + (s * Panel + t.value) * 16);
@@ -316,11 +318,12 @@ void block_times_panel(const Job& job, int64_t block, int64_t first, int64_t seg
   constexpr int Panel = Lanes::kPanel, Half = Panel / 2;
   if constexpr (Half > 0 && Of::dot == Dot::u8)
     if (job.segment <= 64) {
+      const auto half = job.segment == 16 ? block_times_lines<Of, R, Half, Panel, true, 4> : block_times_lines<Of, R, Half, Panel, true, 8>;
       for (int t = 0; t < Panel; t += Half)
-        block_times_lines<Of, R, Half, Panel, true>(job, block, first, segments, lines + 64 * t, scales + 16 * t, zeros + 16 * t, total + 16 * t);
+        half(job, block, first, segments, lines + 64 * t, scales + 16 * t, zeros + 16 * t, total + 16 * t);
       return;
     }
-  block_times_lines<Of, R, Panel, Panel, false>(job, block, first, segments, lines, scales, zeros, total);
+  block_times_lines<Of, R, Panel, Panel>(job, block, first, segments, lines, scales, zeros, total);
 }
 
 #ifdef __ARM_FEATURE_MATMUL_INT8
@@ -332,7 +335,7 @@ namespace {
 // -- few rows ---------------------------------------------------------------------------------------------------------
 
 constexpr int64_t kMostSegments = 32;   // of 16 columns in 512
-constexpr int64_t kAhead = 16384;       // bytes that the weight is fetched ahead of its use
+constexpr int64_t kAhead = 8192;        // bytes that the weight is fetched ahead of its use
 
 template <class Of, int R>
 void few_by_lines(const Job& job, UnpackColumns unpack, int64_t first_tile, int64_t last_tile) {
@@ -349,7 +352,7 @@ void few_by_lines(const Job& job, UnpackColumns unpack, int64_t first_tile, int6
       for (int64_t i = 0; i < count / kTileColumns * 64 * w.bits; i += 64) Lanes::prefetch(codes_at + kAhead + i);
       unpack(w, codes_at, count, lines, 64);
       read_scales(w, tile, job.segment, s, segments, 16, scale_factor(job), scales, zeros);
-      block_times_lines<Of, R, 1, 1, false>(job, 0, s, segments, lines, scales, zeros, total);
+      block_times_lines<Of, R, 1, 1>(job, 0, s, segments, lines, scales, zeros, total);
     }
     for (int64_t t = 0; t < job.tokens; t++) write_tile(job, tile, t, total + t * job.splits * 16, 16);
   }
@@ -419,8 +422,8 @@ void few_in_registers(const Job& job, int64_t first_tile, int64_t last_tile) {
 
 // -- many rows --------------------------------------------------------------------------------------------------------
 
-// Blocks of rows that a decoded panel serves, whose sums stay in the second cache: 300 rows, in 1, 2 or 3 of which a token is whole.
-constexpr int64_t kBlocksAtOnce = 60;
+// Blocks of rows that a decoded panel serves, whose sums stay in the second cache: 600 rows, in 1, 2 or 3 of which a token is whole.
+constexpr int64_t kBlocksAtOnce = 120;
 constexpr int64_t kPanelRows = Lanes::kPanel * kTileRows;
 constexpr int64_t kLineBytes = 512 * kPanelRows;
 
