@@ -100,9 +100,10 @@ def test_a_nan_stays_visible_under_a_static_scale(scheme, tokens, instructions):
     expected = reference(x, packed, q.spec)
     assert relative_error(expected, LINEAR.run(x, packed, q.spec, None)) < 1e-5
     x[1, 5] = torch.nan
-    y = LINEAR.run(x, packed, q.spec, None)
+    y, lost = LINEAR.run(x, packed, q.spec, None), reference(x, packed, q.spec)
     others = [i for i in range(tokens) if i != 1]
     assert y[1].isnan().all() and relative_error(expected[others], y[others]) < 1e-5
+    assert lost[1].isnan().all() and torch.equal(lost[others], expected[others]), "the reference says so too"
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 40])

@@ -156,6 +156,8 @@ def _cast_kernel(
             scale = tl.div_rn(amax, LARGEST)
             if STATIC:
                 scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
+                if KIND == 0:
+                    scale = tl.where(amax == amax, scale, float("nan"))
             stored, value, inverse = stored_scale(scale, outer, SCALE)
         zero = 0.0
 
