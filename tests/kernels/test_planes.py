@@ -106,6 +106,40 @@ def test_a_nan_stays_visible_under_a_static_scale(scheme, tokens, instructions):
     assert lost[1].isnan().all() and torch.equal(lost[others], expected[others]), "the reference says so too"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_e4m3_activations_are_the_references_number_for_number(dtype, static, instructions):
+    """Through an identity: every exponent, ties, subnormals, what saturates; NaN and infinity in their tokens."""
+    q = QTensor.quantize(torch.eye(256, dtype=dtype), "int8/row@e4m3/row").to_layout("planes")
+    x = torch.randn(12, 256)
+    x[1] = torch.linspace(-448, 448, 256)
+    x[2] *= 2.0 ** torch.randint(-12, 9, (256,))
+    x[3] = torch.arange(256) / 512 * 2**-6
+    x[3, 0] = 448
+    x[4] = 0
+    x[5, 3], x[6, 3] = torch.nan, torch.inf
+    x, packed = x.to(dtype), q.packed | ({"act_scale": torch.tensor(0.5)} if static else {})
+    for rows in (x, x[2:3], x[2:4]):
+        y, expected = LINEAR.run(rows, packed, q.spec, None), reference(rows, packed, q.spec)
+        keep = expected.isfinite().all(dim=1)
+        close = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(y[keep], expected[keep], rtol=close, atol=0)
+        assert not y[~keep].isfinite().all(dim=1).any()
+
+
+@pytest.mark.parametrize("tokens", [129, 300])
+@pytest.mark.parametrize(
+    "scheme", ["int4/1x32*bf16", "e2m1/1x16*e4m3/tensor", "int3/1x64*bf16+int8", "nf4/1x64*int8/1x256"]
+)
+def test_scales_that_go_into_the_decoded_panel(tokens, scheme, instructions):
+    """With many rows of bf16 x; float32 x keeps its own way, exact."""
+    q = drawn(scheme, (112, 320) if "256" not in scheme else (112, 512))
+    x = torch.randn(tokens, q.shape[1])
+    for dtype, allowed in ((torch.bfloat16, q.format.tolerance(torch.bfloat16)), (torch.float32, 1e-5)):
+        y = LINEAR.run(x.to(dtype), q.packed, q.spec, None)
+        assert relative_error(reference(x.to(dtype), q.packed, q.spec), y) < allowed
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_a_bias_and_an_x_lie_as_they_like(tokens):
     q = drawn("int4/1x32*bf16@int8/row+int8", (50, 128))

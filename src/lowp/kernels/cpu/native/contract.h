@@ -51,7 +51,8 @@ struct Activation {
   const void* x = nullptr;
   Type type = Type::fp32;
   int64_t tokens = 0, stride = 0;
-  bool quantized = false, asymmetric = false;
+  bool quantized = false, asymmetric = false;  // to int8
+  bool float8 = false;          // to e4m3, a scale for each token: its values are numbers of bf16
   int64_t group = 0;            // columns that share a scale, 0: a token
   const float* scale = nullptr;  // a static one, or none
 };

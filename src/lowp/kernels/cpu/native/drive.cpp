@@ -57,9 +57,9 @@ thread_local Buffer packed, scratch;
 
 // Whether a pass over the decoded panel pays that brings in its scales, rounded to bf16 as the reference in bf16 would: where x is bf16,
 // sums of short groups cost 3 to 12 % of a product otherwise, the pass as much as some tens of rows.
-bool rescales(const Job& job) {
+bool rescales(const Job& job, const Activation& a) {
   const int64_t rows = job.tokens * job.splits;
-  return job.dot == Dot::bf16 && job.splits == 1 && job.segment <= 64 && rows >= 4 * job.segment && kColumns[1] % job.segment == 0;
+  return job.dot == Dot::bf16 && a.type == Type::bf16 && job.segment <= 64 && rows >= 4 * job.segment && kColumns[1] % job.segment == 0;
 }
 
 bool exact_in_bf16(const Weight& w) {
@@ -137,12 +137,12 @@ void linear(const Weight& w, const Activation& a, const Result& y, Parallel para
   job.dot = dot_of(w, a, use);  // not kernels() again: another thread may have chosen anew
   job.tokens = a.tokens;
   if (job.dot == Dot::u8 && !w.is_int) job.w.offset = w.halves;
-  if (job.dot == Dot::bf16) job.splits = a.type == Type::bf16 ? 1 : a.type == Type::fp16 ? 2 : 3;
+  if (job.dot == Dot::bf16) job.splits = a.type == Type::bf16 || a.float8 ? 1 : a.type == Type::fp16 ? 2 : 3;
   const int64_t rows = job.tokens * job.splits;
   job.block = rows <= 2 ? static_cast<int>(rows) : rows <= 4 ? 4 : rows <= 8 ? 8 : kBlock;
   const int64_t most = (rows > 2 && rows <= 8 ? kFewColumns : kColumns)[static_cast<int>(job.dot)];
   job.segment = segment_of(w, a, most);
-  if (rescales(job)) {
+  if (rescales(job, a)) {
     job.scaled = job.segment;
     job.segment = most;
   }
@@ -150,7 +150,7 @@ void linear(const Weight& w, const Activation& a, const Result& y, Parallel para
   job.segments = (w.k + job.segment - 1) / job.segment;
   lay_out(job);
   if (!a.asymmetric) job.shift = nullptr;
-  if (!a.quantized || a.group) job.token_scale = nullptr;
+  if ((!a.quantized || a.group) && !a.float8) job.token_scale = nullptr;
   if (!a.quantized || !a.group) job.xscale = nullptr;
   job.out = y.y;
   job.out_type = y.type;
