@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowp.layouts.pages import on_huge_pages
 from lowp.numerics.compare import relative_error
 from lowp.ops.linear import reference
 from lowp.ops.registry import kernels_of
@@ -98,19 +99,15 @@ def in_turn(candidates: dict[str, Calls], seconds: float) -> dict[str, float]:
 def kernel_calls(name: str, scheme: str, shape: tuple[int, int], x: Tensor) -> tuple[Calls, int]:
     """A kernel on copies of a weight, checked first, and the bytes of one."""
     kernel = next(one for one in kernels_of("linear") if one.name == name)
-    plain = QTensor.quantize(torch.randn(shape) * 0.05, scheme)
-    q = plain.to_layout(kernel.layout or "plain")
+    q = QTensor.quantize(torch.randn(shape) * 0.05, scheme).to_layout(kernel.layout or "plain")
     error = relative_error(reference(x, q.packed, q.spec), kernel.run(x, q.packed, q.spec, None))
     if error > q.format.tolerance(torch.bfloat16):
         raise SystemExit(f"{name} on {scheme} {shape}: error {error}")
-    copies = [
-        q,
-        *(
-            plain.map(torch.clone).to_layout(kernel.layout or "plain")
-            for _ in range(rotation(q.packed_nbytes, "cpu") - 1)
-        ),
-    ]
-    return [lambda one=one: kernel.run(x, one.packed, one.spec, None) for one in copies], q.packed_nbytes
+    copies = [q.packed]
+    for _ in range(rotation(q.packed_nbytes, "cpu") - 1):
+        copy = {part: tensor.clone() for part, tensor in q.packed.items()}
+        copies.append(on_huge_pages(copy) if q.layout == "planes" else copy)
+    return [lambda packed=packed: kernel.run(x, packed, q.spec, None) for packed in copies], q.packed_nbytes
 
 
 def bf16_calls(shape: tuple[int, int], x: Tensor) -> Calls:
