@@ -106,7 +106,7 @@ def kernel_calls(name: str, scheme: str, shape: tuple[int, int], x: Tensor) -> t
     copies = [q.packed]
     for _ in range(rotation(q.packed_nbytes, "cpu") - 1):
         copy = {part: tensor.clone() for part, tensor in q.packed.items()}
-        copies.append(on_huge_pages(copy) if q.layout == "planes" else copy)
+        copies.append(on_huge_pages(copy) if q.spec.layout == "planes" else copy)
     return [lambda packed=packed: kernel.run(x, packed, q.spec, None) for packed in copies], q.packed_nbytes
 
 
