@@ -153,9 +153,15 @@ def peer_calls(peer: str, scheme: str, shape: tuple[int, int], x: Tensor) -> Cal
     return torchao_calls(scheme, shape, x) if peer == "torchao" else kernel_calls(peer, scheme, shape, x)[0]
 
 
+def every_core() -> None:
+    """This process is bound to one core by then (OMP_PROC_BIND), and what it starts would stay there, all threads of it."""
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
 def ggml_us(driver: str, name: str, shape: tuple[int, int], tokens: int, threads: int) -> float:
     command = [driver, name, *map(str, (*shape, tokens, threads))]
-    ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_PROC_BIND": "true"})
+    environment = {**os.environ, "OMP_PROC_BIND": "true"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=every_core)
     if ran.returncode:
         print(f"ggml {name} {shape}: no time, exit status {ran.returncode}")
         return 0.0
