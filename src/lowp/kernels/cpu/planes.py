@@ -2,12 +2,13 @@
 
     y_MN = act_quantize(x_MK) @ ((qdata_NK - zero_point) * scale).T + bias_N
 
-What is multiplied is decided by the scheme, never by speed:
+What is multiplied is decided by the scheme:
 
     int8 activations, integer or e2m1 weights   codes times codes, int32 sums, scales after: the numbers of the reference
     no activation format                        x stays a float: codes are decoded to bf16 (AVX512-BF16) or float32, sums are
                                                 float32; an x of fp16 or float32 is split into 2 or 3 numbers of bf16 that add up
-                                                to it exactly, so nothing of it is lost
+                                                to it exactly, so nothing of it is lost. Where x is bf16 and has many rows,
+                                                codes times scales of short groups are rounded to bf16 before the product
     e4m3/row activations                        x is rounded to e4m3, which bf16 holds, and multiplied as a float; the token's
                                                 scale comes after
     any other activation format                 x is quantized and dequantized first, then as above
