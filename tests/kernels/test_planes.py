@@ -14,7 +14,7 @@ from lowp.layouts import LAYOUTS
 from lowp.numerics import Format, Scheme
 from lowp.numerics.compare import relative_error
 from lowp.ops.linear import reference
-from lowp.ops.registry import kernels_of
+from lowp.ops.registry import Case, kernels_of, pick
 from lowp.tensor import QTensor
 
 SETS = ("avx2", "avxvnni", "avx512vnni", "avx512bf16", "neon", "neondot", "neoni8mm")
@@ -100,9 +100,44 @@ def test_a_nan_stays_visible_under_a_static_scale(scheme, tokens, instructions):
     expected = reference(x, packed, q.spec)
     assert relative_error(expected, LINEAR.run(x, packed, q.spec, None)) < 1e-5
     x[1, 5] = torch.nan
-    y = LINEAR.run(x, packed, q.spec, None)
+    y, lost = LINEAR.run(x, packed, q.spec, None), reference(x, packed, q.spec)
     others = [i for i in range(tokens) if i != 1]
     assert y[1].isnan().all() and relative_error(expected[others], y[others]) < 1e-5
+    assert lost[1].isnan().all() and torch.equal(lost[others], expected[others]), "the reference says so too"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("static", [False, True])
+def test_e4m3_activations_are_the_references_number_for_number(dtype, static, instructions):
+    """Through an identity: every exponent, ties, subnormals, what saturates; NaN and infinity in their tokens."""
+    q = QTensor.quantize(torch.eye(256, dtype=dtype), "int8/row@e4m3/row").to_layout("planes")
+    x = torch.randn(12, 256)
+    x[1] = torch.linspace(-448, 448, 256)
+    x[2] *= 2.0 ** torch.randint(-12, 9, (256,))
+    x[3] = torch.arange(256) / 512 * 2**-6
+    x[3, 0] = 448
+    x[4] = 0
+    x[5, 3], x[6, 3] = torch.nan, torch.inf
+    x, packed = x.to(dtype), q.packed | ({"act_scale": torch.tensor(0.5)} if static else {})
+    for rows in (x, x[2:3], x[2:4]):
+        y, expected = LINEAR.run(rows, packed, q.spec, None), reference(rows, packed, q.spec)
+        keep = expected.isfinite().all(dim=1)
+        close = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(y[keep], expected[keep], rtol=close, atol=0)
+        assert not y[~keep].isfinite().all(dim=1).any()
+
+
+@pytest.mark.parametrize("tokens", [129, 300])
+@pytest.mark.parametrize(
+    "scheme", ["int4/1x32*bf16", "e2m1/1x16*e4m3/tensor", "int3/1x64*bf16+int8", "nf4/1x64*int8/1x256"]
+)
+def test_scales_that_go_into_the_decoded_panel(tokens, scheme, instructions):
+    """With many rows of bf16 x; float32 x keeps its own way, exact."""
+    q = drawn(scheme, (112, 320) if "256" not in scheme else (112, 512))
+    x = torch.randn(tokens, q.shape[1])
+    for dtype, allowed in ((torch.bfloat16, q.format.tolerance(torch.bfloat16)), (torch.float32, 1e-5)):
+        y = LINEAR.run(x.to(dtype), q.packed, q.spec, None)
+        assert relative_error(reference(x.to(dtype), q.packed, q.spec), y) < allowed
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 40])
@@ -255,3 +290,11 @@ def test_without_the_library_lowp_says_why(monkeypatch):
     found = {verdict.kernel.name: verdict for verdict in verdicts(case)}
     assert found["planes"].why_not == "wants lowp's C++ library, which was not built"
     assert found["dequantize"].chosen
+
+
+@pytest.mark.parametrize("scheme", planes._cases())
+def test_no_dtype_of_x_falls_to_a_slower_way(scheme):
+    """float16 and float32 too: torch's own products of them take up to a hundred times as long on a CPU."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        case = Case(op="linear", scheme=scheme, layout="planes", device="cpu", dtype=dtype, shape=(256, 1024))
+        assert pick(case).name == "planes"

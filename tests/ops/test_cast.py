@@ -118,6 +118,9 @@ def test_pre_scale_and_static_scale(spelling, dtype, device):
             assert_same_parts(kernel.run(x, fmt, act, pre), reference(x, fmt, act, pre), fmt)
         for kernel in fast("fake_cast", fmt, x, act, pre):
             assert equal(kernel.run(x, fmt, act, pre), fake_reference(x, fmt, act, pre))
+            if fmt.block != "tensor":
+                bad = lost(dtype, device)
+                assert equal(kernel.run(bad, fmt, act, pre), fake_reference(bad, fmt, act, pre))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -26,6 +26,7 @@ from torch import Tensor
 from ..numerics import Format, Parts, dequantize
 from ..numerics.element import Element
 from .base import Layout, Packed, Spec
+from .pages import on_huge_pages
 from .tiled import by_group, cut_tiles, planes, tile_scales, untile_scales, why_not_tiles
 
 ROWS, COLUMNS = 16, 32  # of a tile
@@ -76,7 +77,7 @@ def _pack(parts: Parts, spec: Spec) -> Packed:
     if _wants_sums(spec):
         sums = dequantize(parts, fmt).sum(dim=-1)
         packed["row_sum"] = torch.nn.functional.pad(sums, (0, -sums.shape[-1] % ROWS)).unflatten(-1, (-1, ROWS))
-    return {name: tensor.contiguous() for name, tensor in packed.items()}
+    return on_huge_pages({name: tensor.contiguous() for name, tensor in packed.items()})
 
 
 def _unpack(packed: Packed, spec: Spec) -> Parts:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import ELEMENTS, Format, Parts, dequantize, quantize
-from ..numerics.math import ZERO_POINT_DTYPES, quantize_given
+from ..numerics.math import ZERO_POINT_DTYPES, quantize_given, to_blocks
 from .operator import define, plain
 from .registry import Case, Kernel, device_capability, pick
 
@@ -259,11 +259,15 @@ define("cast_turned", "(Tensor[] tensors, str fmt, str to, ScalarType dtype) -> 
 
 
 def reference(x_MK: Tensor, fmt: Format, act_scale: Tensor | None = None, pre_scale: Tensor | None = None) -> Parts:
-    """The meaning of cast."""
+    """The meaning of cast. What integers cannot hold, a NaN, makes the scale of its block NaN, a static one too."""
     x = x_MK if pre_scale is None else x_MK * pre_scale.to(x_MK.dtype)
     if act_scale is None:
         return quantize(x, fmt)
-    return quantize_given(x, fmt, act_scale.expand(fmt.scale_shape(tuple(x.shape))))
+    scale = act_scale.expand(fmt.scale_shape(tuple(x.shape)))
+    if fmt.element.kind == "int":
+        lost = to_blocks(x.isnan(), fmt.block_dims(tuple(x.shape))).any(dim=-1).any(dim=-2)
+        scale = torch.where(lost, torch.nan, scale)
+    return quantize_given(x, fmt, scale)
 
 
 def fake_reference(

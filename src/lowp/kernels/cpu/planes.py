@@ -2,12 +2,15 @@
 
     y_MN = act_quantize(x_MK) @ ((qdata_NK - zero_point) * scale).T + bias_N
 
-What is multiplied is decided by the scheme, never by speed:
+What is multiplied is decided by the scheme:
 
     int8 activations, integer or e2m1 weights   codes times codes, int32 sums, scales after: the numbers of the reference
     no activation format                        x stays a float: codes are decoded to bf16 (AVX512-BF16) or float32, sums are
                                                 float32; an x of fp16 or float32 is split into 2 or 3 numbers of bf16 that add up
-                                                to it exactly, so nothing of it is lost
+                                                to it exactly, so nothing of it is lost. Where x is bf16 and has many rows,
+                                                codes times scales of short groups are rounded to bf16 before the product
+    e4m3/row activations                        x is rounded to e4m3, which bf16 holds, and multiplied as a float; the token's
+                                                scale comes after
     any other activation format                 x is quantized and dequantized first, then as above
 
 Up to 8 tokens the weight is streamed once, decoded on its way; beyond that it is decoded by panels that stay in the cache. The
@@ -78,6 +81,17 @@ def _multiplies_codes(scheme: Scheme) -> bool:
     return exact and by_row and act.zero_point in (None, "int8") and act.rule in ("absmax", "asymmetric")
 
 
+def _taken_as(scheme: Scheme) -> int:
+    """How the product takes the activation: 0 as floats, 1 and 2 as int8 without and with a zero point, 3 as e4m3 by token."""
+    act = scheme.act
+    if act is None:
+        return 0
+    if _multiplies_codes(scheme):
+        return 2 if act.zero_point else 1
+    by_token = act.block == "row" and act.scale == "fp32" and not act.zero_point
+    return 3 if act.element.name == "e4m3" and by_token and act.rule == "absmax" else 0
+
+
 def _side_by_side(bits: int, *numbers: int) -> int:
     """Numbers of so many bits each in one of 64, the first lowest."""
     word = 0
@@ -94,19 +108,18 @@ def _told(spelling: str, shape: tuple[int, ...]) -> tuple[list[int], list[float]
     element, nested = fmt.element, fmt.nested
     is_int = element.kind == "int"
     nest = nested.block_dims(fmt.scale_shape(shape)) if nested else (1, 1)
-    codes = act is not None and _multiplies_codes(scheme)
+    taken = _taken_as(scheme)
     group = fmt.block_dims(matrix)[1] if by_group(fmt) else -1 if fmt.block == "tensor" else 0
-    act_group = int(act.block.removeprefix("1x")) if act is not None and codes and act.block != "row" else 0
+    act_group = int(act.block.removeprefix("1x")) if act is not None and taken and act.block != "row" else 0
     offset = 2 ** (element.bits - 1) if is_int and element.signed else 0
     specials = _SPECIALS.index(element.specials) if element.specials in _SPECIALS else 0
-    quantized = (2 if act.zero_point else 1) if act is not None and codes else 0
     return [
         *matrix,
         _side_by_side(32, group, act_group),
         _side_by_side(32, nest[0], nest[1]),
         _side_by_side(16, element.bits, is_int, offset, element.signed),
         _side_by_side(16, element.ebits, element.mbits, element.bias, specials),
-        _side_by_side(16, quantized, not is_int),
+        _side_by_side(16, taken, not is_int),
     ], list(element.values) if element.kind == "codebook" else []
 
 
@@ -114,7 +127,7 @@ def _told(spelling: str, shape: tuple[int, ...]) -> tuple[list[int], list[float]
 def _emulated(spelling: str) -> Format | None:
     """The activation format of a scheme where the product does not take it."""
     scheme = Scheme.parse(spelling)
-    return None if _multiplies_codes(scheme) else scheme.act
+    return None if _taken_as(scheme) else scheme.act
 
 
 def _activation(x: Tensor, packed: Packed, spec: Spec) -> Tensor:

@@ -52,7 +52,7 @@ from .rounding import (
     to_bf16,
     widen,
 )
-from .scales import block_scale
+from .scales import amax_of, block_scale
 
 _WIDEST = 65536  # columns that a program holds: 64 for each of 1024 threads
 _TILE = 2048  # numbers of a tile of small blocks
@@ -125,6 +125,9 @@ def _cast_kernel(
 
     if STATIC:
         scale = tl.full((RB,), 0.0, tl.float32) + widen(tl.load(act_ptr))
+        if KIND == 0:  # what integers cannot hold, a NaN, shows in the scale
+            amax = amax_of(x)
+            scale = tl.where(amax == amax, scale, float("nan"))
         stored, value, inverse = stored_scale(scale, 1.0, SCALE)
     else:
         stored, value, inverse, zero, outer = block_scale(

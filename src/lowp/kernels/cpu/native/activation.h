@@ -2,6 +2,7 @@
 //
 //     int8, symmetric     scale = max|x| / 127                  x_q = round(x / scale)
 //     int8, asymmetric    scale = (max - min) / 255, zero = -128 - round(min / scale), both ranges widened to hold 0
+//     e4m3                scale = max|x| / 448                  x_q = x / scale, rounded to 4 significant bits: exact in bf16
 //     bf16                x = x_0 + x_1 + x_2, each of 8 bits of the mantissa: one row for bf16, two for fp16, three for float32
 //
 // A NaN makes its scale NaN, and with it every result of its token (or group). Rounding is to nearest even.
@@ -45,14 +46,16 @@ struct Range {
   int32_t top = 0, bottom = 0;  // bits of max(x, 0) and of max(-x, 0): floats of one sign are ordered as integers are, NaN on top
 };
 
-inline void widen(Range& range, const float* x, int64_t count) {
+// `both`: where only the larger of the two is wanted, in each.
+inline void widen(Range& range, const float* x, int64_t count, bool both) {
   Lanes::I top = Lanes::spread(range.top), bottom = Lanes::spread(range.bottom);
   for (int64_t i = 0; i < count; i += 16) {
     const Lanes::F v = Lanes::load_f(x + i);
     top = Lanes::larger(top, Lanes::bits(v));
     bottom = Lanes::larger(bottom, Lanes::bits(Lanes::negated(v)));
   }
-  range = {Lanes::largest(top), Lanes::largest(bottom)};
+  range.top = Lanes::largest(both ? Lanes::larger(top, bottom) : top);
+  range.bottom = both ? range.top : Lanes::largest(bottom);
 }
 
 struct Grid {
@@ -110,13 +113,14 @@ inline void quantize_row(const Job& job, const Activation& a, int64_t row, int r
     for (int64_t at = from; at < from + length; at += 512) {
       int64_t count = from + length - at < 512 ? from + length - at : 512;
       read(a, row, at, count, x);
-      widen(range, x, count);
+      widen(range, x, count, !a.asymmetric);
     }
     const Grid grid = grid_of(a, range);
     for (int64_t at = from; at < from + length; at += job.segment) {
       const int64_t s = at / job.segment, count = from + length - at < job.segment ? from + length - at : job.segment;
-      read(a, row, at, count, x);
-      const int32_t sum = quantize(x, count, grid, a.asymmetric, q);
+      const float* piece = length > 512 ? x : x + (at - from);  // a short run is there already
+      if (length > 512) read(a, row, at, count, x);
+      const int32_t sum = quantize(piece, count, grid, a.asymmetric, q);
       for (int64_t i = 0; i < count / 4; i++) __builtin_memcpy(&words[(at / 4 + i) * R + r], q + 4 * i, 4);
       const int64_t place = (at_block * job.segments + s) * R + r;
       if (job.xscale) job.xscale[place] = grid.scale;
@@ -139,14 +143,40 @@ inline uint16_t piece(float value, int splits, int split) {
   }
 }
 
+// To the nearest e4m3, ties to even: the step is 2^(e - 3) for a number of exponent e, that of 2^-6 for smaller ones. Adding 1.5 * 2^23
+// steps leaves no bit below one.
+inline void round_e4m3(float* x, int64_t count, float scale) {
+  for (int64_t i = 0; i < count; i++) {
+    const float scaled = x[i] / scale;
+    const float v = scaled > 448.0f ? 448.0f : scaled < -448.0f ? -448.0f : scaled;
+    const int32_t exponent = to_bits(v) & 0x7F800000, least = 121 << 23, most = 135 << 23;  // NaN has more: it stays NaN
+    const float magic = 1.5f * from_bits((exponent < least ? least : exponent > most ? most : exponent) + (20 << 23));
+    x[i] = (v + magic) - magic;
+  }
+}
+
+inline float float8_scale(const Job& job, const Activation& a, int64_t row, float* x) {
+  if (a.scale) return *a.scale;
+  Range range;
+  for (int64_t at = 0; at < job.w.k; at += 512) {
+    const int64_t count = job.w.k - at < 512 ? job.w.k - at : 512;
+    read(a, row, at, count, x);
+    widen(range, x, count, true);
+  }
+  return stored(from_bits(range.top) / 448.0f);
+}
+
 template <int R>
 inline void split_row(const Job& job, const Activation& a, int64_t row, int r, uint32_t* words, int64_t at_block) {
   alignas(64) float x[512];
   alignas(64) uint16_t p[512];
   const int split = static_cast<int>(row % job.splits);
+  const float scale = a.float8 ? float8_scale(job, a, row, x) : 1.0f;
+  if (a.float8) job.token_scale[row] = scale;
   for (int64_t at = 0; at < job.w.k; at += job.segment) {
     const int64_t count = job.w.k - at < job.segment ? job.w.k - at : job.segment;
     read(a, row / job.splits, at, count, x);
+    if (a.float8) round_e4m3(x, count, scale);
     float sum = 0;
     if (job.dot == Dot::fp32) {
       for (int64_t i = 0; i < count; i++) __builtin_memcpy(&words[(at + i) * R + r], x + i, 4);

@@ -16,9 +16,10 @@ namespace lowp {
 
 enum class Type : int { fp32, bf16, fp16, e8m0, e4m3, int8, uint8, int32 };
 
-// The kinds of product, and the columns that one segment has at most: a panel of 64 rows of them stays in the first cache.
+// The kinds of product, and the columns that are worked on at once: a panel of 64 rows of them stays in the first cache. With 3 to 8
+// rows of x it is one tile of them, and where products are fast few: so the next come from memory while these are multiplied.
 enum class Dot : int { u8, bf16, fp32 };
-constexpr int64_t kColumns[] = {512, 256, 128};
+constexpr int64_t kColumns[] = {512, 256, 128}, kFewColumns[] = {128, 256, 128};
 constexpr int kSteps[] = {1, 2, 4};  // words of 32 bits that hold 4 columns
 
 constexpr int64_t kTileRows = 16, kTileColumns = 32;
@@ -50,7 +51,8 @@ struct Activation {
   const void* x = nullptr;
   Type type = Type::fp32;
   int64_t tokens = 0, stride = 0;
-  bool quantized = false, asymmetric = false;
+  bool quantized = false, asymmetric = false;  // to int8
+  bool float8 = false;          // to e4m3, a scale for each token: its values are numbers of bf16
   int64_t group = 0;            // columns that share a scale, 0: a token
   const float* scale = nullptr;  // a static one, or none
 };
@@ -62,7 +64,9 @@ struct Job {
   int64_t tokens = 0;
   int splits = 1;           // rows of bf16 that one token became
   int block = 1;            // R
+  int64_t columns = 0;      // worked on at once: whole segments
   int64_t segment = 0, segments = 0;
+  int64_t scaled = 0;       // columns that share a scale that goes into the decoded panel; 0: none does
   // by block: words (K / 4 * steps, R), and for each segment R numbers
   uint32_t* words = nullptr;
   float* xscale = nullptr;

@@ -209,17 +209,20 @@ struct UnpackTwoPairs {
 template <int Bits>
 struct UnpackConverted {
   static constexpr int bits = Bits;
-  __m512i offset;
-  explicit UnpackConverted(const Weight& w) : offset(Lanes::halves(w.offset)) {}
+  __m512 bias;
+  explicit UnpackConverted(const Weight& w) : bias(_mm512_set1_ps(8388608.0f + static_cast<float>(w.offset))) {}
+  // A code below the point of a float32 of 2^23: subtracting that, and the offset, leaves its value, of which bf16 holds all.
+  template <int C>
+  LOWP_INLINE __m512i column(__m512i v) const {
+    const __m512i exponent = _mm512_set1_epi32(0x4B000000), byte = _mm512_set1_epi32(255);
+    return _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(Lanes::merge(exponent, _mm512_srli_epi32(v, 8 * C), byte)), bias));
+  }
   template <int Q, class Function>
   LOWP_INLINE void quad(const uint8_t* tile, Function f) const {
-    __m512i v = codes<Bits, Q>(tile);
+    const __m512i v = codes<Bits, Q>(tile);
     unroll<0, 2>([&](auto h) LOWP_INLINE {
-      __m512i word = h.value ? _mm512_srli_epi16(v, 8) : _mm512_and_si512(v, Lanes::halves(255));
-      word = _mm512_sub_epi16(word, offset);
-      __m512i even = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(word, 16), 16)));
-      __m512i odd = _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_srai_epi32(word, 16)));
-      f(h, _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(even, 16), odd));
+      const __m512i even = column<h.value>(v), odd = column<h.value + 2>(v);
+      f(h, Lanes::merge(_mm512_srli_epi32(even, 16), odd, _mm512_set1_epi32(static_cast<int>(0xFFFF0000))));
     });
   }
 };

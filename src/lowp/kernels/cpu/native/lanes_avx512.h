@@ -111,6 +111,11 @@ struct PairTables {
   static __m512i with_sign(__m512i magnitude, __m512i sign) {
     return _mm512_ternarylogic_epi32(magnitude, sign, _mm512_set1_epi16(static_cast<short>(0x8000)), 0xF8);
   }
+  static __m512i pairs(__m512 even, __m512 odd) {  // rounded, in the lower and the upper half of each lane
+    const __m512i place = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i index = _mm512_or_si512(place, _mm512_slli_epi32(_mm512_or_si512(place, _mm512_set1_epi32(16)), 16));
+    return _mm512_permutexvar_epi16(index, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even)));
+  }
   __attribute__((always_inline)) static __m512 dot(__m512 sum, __m512i w, __m512i x) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;

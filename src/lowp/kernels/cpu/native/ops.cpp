@@ -250,7 +250,8 @@ Activation activation_of(const Tensor& x, int64_t axes, const Format& f, const T
   a.type = float_type(x, "x");
   a.stride = x.stride(axis - 1);
   a.tokens = x.size(axis - 1);
-  a.quantized = f.act > 0;
+  a.quantized = f.act == 1 || f.act == 2;
+  a.float8 = f.act == 3;
   a.asymmetric = f.act == 2;
   a.group = f.act_group;
   a.scale = floats(static_scale, 1, "a static scale");

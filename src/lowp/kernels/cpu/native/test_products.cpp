@@ -85,9 +85,9 @@ struct Sample {
 };
 
 // How x is multiplied, and its type: whole numbers that every way holds exactly. `by_32` has a scale for 32 columns, `shifted` a zero
-// point (255 between the smallest and the largest number: a scale of 1).
-enum class Way { fp32, bf16, fp16, by_token, by_32, shifted };
-constexpr Way kWays[] = {Way::fp32, Way::bf16, Way::fp16, Way::by_token, Way::by_32, Way::shifted};
+// point (255 between the smallest and the largest number: a scale of 1), `e4m3` multiples of 8 up to 112 (a scale of a quarter).
+enum class Way { fp32, bf16, fp16, by_token, by_32, shifted, e4m3 };
+constexpr Way kWays[] = {Way::fp32, Way::bf16, Way::fp16, Way::by_token, Way::by_32, Way::shifted, Way::e4m3};
 
 uint16_t to_half(float v, bool brain) {  // of a whole number up to 256
   uint32_t bits;
@@ -116,6 +116,7 @@ double error_of(Sample& s, int64_t tokens, Way way) {
     for (int64_t k = 0; k < s.k; k++) {
       const auto at = static_cast<std::size_t>(m * stride + k);
       x[at] = way == Way::shifted ? (k == 0 ? 227.0f : k == 1 ? -28.0f : static_cast<float>(below(256) - 28))
+            : way == Way::e4m3  ? (k % 32 ? static_cast<float>(8 * (below(15) - 7)) : 112.0f)
                                   : (k % 32 ? static_cast<float>(below(255) - 127) : 127.0f);
       if (half) x_half[at] = to_half(x[at], brain);
     }
@@ -130,6 +131,7 @@ double error_of(Sample& s, int64_t tokens, Way way) {
   a.stride = stride;
   a.quantized = way == Way::by_token || way == Way::by_32 || way == Way::shifted;
   a.asymmetric = way == Way::shifted;
+  a.float8 = way == Way::e4m3;
   a.group = way == Way::by_32 ? 32 : 0;
   linear(s.w, a, {half ? static_cast<void*>(y_half.data()) : y.data(), a.type, s.n, nullptr, Type::fp32}, serial);
   double noise = 0, signal = 0;
@@ -155,9 +157,10 @@ int run(const char* name) {
   double worst = 0;
   for (int bits = 1; bits <= 9; bits++)
     for (int64_t group : {16, 32, 64, 96, 256})
-      for (int64_t tokens : {1, 2, 3, 8, 9, 23})
+      for (int64_t tokens : {1, 2, 3, 8, 9, 23, 70})
         for (Way way : kWays) {
           const bool table = bits == 9;
+          if (tokens == 70 && (way != Way::bf16 || group > 16)) continue;  // scales that go into the decoded panel
           if (way == Way::fp16 && bits > 6 && !table) continue;  // beyond what fp16 holds
           Sample s(table ? 4 : bits, 1 + below(70), group * (group == 16 ? 2 : 1) * (1 + below(3)), group, !table && below(2), table ? e2m1 : nullptr);
           const double error = error_of(s, tokens, way), allowed = way == Way::bf16 ? 4e-3 : way == Way::fp16 ? 5e-4 : 1e-5;
