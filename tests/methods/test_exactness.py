@@ -91,6 +91,15 @@ def test_factors_leave_the_logits(decoder, batches, factor, dtype):
     assert not down or "folded into mlp.up_proj" in down[0]
 
 
+def test_a_model_that_only_looks_like_a_decoder_is_put_back(llama, batches):
+    norm = llama.model.layers[0].input_layernorm
+    norm.forward = lambda x, plain=norm.forward: plain(x) + 0.3 * x.abs()  # not the same in another basis
+    before = {name: p.clone() for name, p in llama.named_parameters()}
+    with pytest.raises(lowp.LowpError, match="built otherwise"):
+        lowp.quantize_(llama, {"lm_head": None, "*": "int4/1x32"}, method="rotate+gptq", data=batches)
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+
+
 class TwoHeads(nn.Module):
     """What the second answer alone shows, and a layer that the first batch does not reach."""
 
