@@ -91,6 +91,44 @@ def test_factors_leave_the_logits(decoder, batches, factor, dtype):
     assert not down or "folded into mlp.up_proj" in down[0]
 
 
+def test_a_model_that_only_looks_like_a_decoder_is_put_back(llama, batches):
+    norm = llama.model.layers[0].input_layernorm
+    norm.forward = lambda x, plain=norm.forward: plain(x) + 0.3 * x.abs()  # not the same in another basis
+    before = {name: p.clone() for name, p in llama.named_parameters()}
+    with pytest.raises(lowp.LowpError, match="built otherwise"):
+        lowp.quantize_(llama, {"lm_head": None, "*": "int4/1x32"}, method="rotate+gptq", data=batches)
+    assert all(torch.equal(p, before[name]) for name, p in llama.named_parameters())
+
+
+class TwoHeads(nn.Module):
+    """What the second answer alone shows, and a layer that the first batch does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(32), nn.Linear(32, 32)
+        self.main, self.aux, self.late = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        hidden = self.up(self.norm(x))
+        late = self.late(hidden.relu()) if x[0, 0] > 0 else torch.zeros_like(hidden)
+        return self.main(hidden.relu()) + late, self.aux(hidden.sigmoid())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_no_operation_takes_a_factor_that_reaches_the_layer_otherwise(turned):
+    torch.manual_seed(0)
+    model = TwoHeads().eval()
+    data = [torch.randn(16, 32) for _ in range(2)]
+    data[0][0, 0], data[1][0, 0] = -1.0, 1.0
+    expected = [model(x) for x in data]
+    own = Method(
+        name="moves", about="", run=rounds_nothing, why_not=lambda fmt: "", wants_data=True, smooth=random_factor
+    )
+    lowp.quantize_(model, "fp32", method=own, data=data[::-1] if turned else data)
+    for x, (first, second) in zip(data, expected, strict=True):
+        assert relative_error(first, model(x)[0]) < 1e-5 and relative_error(second, model(x)[1]) < 1e-5
+
+
 def test_compositions_are_spelled_in_order():
     both = method_of("rotate+gptq")
     assert both.edit is not None and both.run is METHODS["gptq"].run and both.wants_data

@@ -25,7 +25,7 @@ from ..tensor import QTensor
 from .activations import Activations
 from .blocks import Batch
 from .calibrate import How, Outcome, Progress, calibrate
-from .edit import edit_
+from .edit import edit_, edit_proved_
 from .match import PlanRow, Rules, Target, planned, table
 from .memory import bytes_of
 from .method import Method, method_of
@@ -187,7 +187,8 @@ def quantize_(
         if row.scheme is not None and target.weight.device.type != "meta" and not chosen.takes_any:
             check_finite(target.weight, target.fqn)
     if chosen.edit is not None:  # nothing was changed before this line
-        edit_(model, chosen.edit(model))
+        edits = chosen.edit(model)
+        edit_proved_(model, edits, batches[0]) if batches else edit_(model, edits)
         rows = list(planned(model, rules, method=method, device=device, on_misfit=on_misfit))
     outcomes: dict[str, Outcome] = {}
     if batches is not None:

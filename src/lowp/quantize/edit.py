@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import MisfitError
+from ..numerics.compare import relative_error
+from .blocks import Batch, first_tensor, run_model
 from .method import Edit, Edits
 
 
@@ -25,6 +28,33 @@ def edit_(model: nn.Module, edits: Edits) -> None:
     config: Any = getattr(model, "config", None)
     if edits.unties and config is not None:
         config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def edit_proved_(model: nn.Module, edits: Edits, batch: Batch) -> None:
+    """The same, proved on a batch: where the model then answers something else, it is put back as it was.
+
+    Raises:
+        MisfitError: the answers differ by more than the rounding of the changed weights can make.
+    """
+    names = (*edits.by_name, *edits.unties)
+    before = {name: model.get_parameter(name) for name in names}
+    config: Any = getattr(model, "config", None)
+    tied = getattr(config, "tie_word_embeddings", None)
+    expected = first_tensor(run_model(model, batch)).clone()
+    edit_(model, edits)
+    error = relative_error(expected, first_tensor(run_model(model, batch)))
+    limit = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1
+    if error <= limit:
+        return
+    for name, parameter in before.items():
+        _set(model, name, parameter)  # type: ignore[arg-type]
+    if tied is not None:
+        config.tie_word_embeddings = tied
+    raise MisfitError(
+        f"{type(model).__name__} wants weights that it answers the same with, got answers that differ by {error:.2g} after the "
+        "method's changes: it is built otherwise than its names say. Use a method without rotations."
+    )
 
 
 def edited(edit: Edit, name: str, read: Any) -> Tensor:
