@@ -334,8 +334,12 @@ INSIDES = (
     "NF4Tensor.",
     "AffineQuantizedMSEObserver.",
     "GGUFQuantizedTensor.from_float",
-    "Int4OpaqueTensor.from_hp",
-)  # how torchao makes its own codes
+    "Int4OpaqueTensor.from_hp",  # down to here: how torchao makes its own codes
+    "AWQObservedLinear.from_float",  # takes torchao's observer: ours are made by the configuration
+    "SmoothQuantObservedLinear.from_float",
+    "LearnableFakeQuantize.",  # torch's own class
+    "XNNPACKQuantizer.get_supported_",  # lists of torchao's patterns
+)
 
 
 def test_what_works_takes_torchaos_arguments():

@@ -23,6 +23,7 @@ from ..numerics import Format, Parts, Scheme
 from ..quantize import Method, Plan, Report, quantize_, quantize_weight
 from ..quantize.apply import check_finite
 from ..quantize.match import PlanRow, Rules, Target, planned
+from ..quantize.statistics import Statistics
 from .fake import FakeQuantize, FakeQuantized, is_prepared, prepare_module, restore_module
 from .learn import LearnedQuantize, LearnedRange, check_scale
 from .lora import Adapted, AdaptedQuantize, Lora
@@ -284,7 +285,7 @@ def convert(model: nn.Module, *, strict: bool = False) -> Report:
             learned.append((module, name, weight))
     before = [(module, type(module), _contents(module)) for _, module in found]
 
-    def run(matrix: Tensor, fmt: Format) -> Parts:
+    def run(matrix: Tensor, statistics: Statistics | None, fmt: Format) -> Parts:
         return chosen[matrix.data_ptr()](matrix)
 
     method = Method(name="qat", about="what training chose", run=run, why_not=lambda fmt: "", takes_any=True)

@@ -473,11 +473,11 @@ def dequantize_affine_float8(tensor: Tensor, scale: Tensor, output_dtype: torch.
     return (tensor.to(torch.float32) * spread_over(scale, tensor.shape)).to(output_dtype)
 
 
-def spread_over(scale: Tensor, shape: Sequence[int]) -> Tensor:
+def spread_over(scale: Tensor, target_shape: Sequence[int]) -> Tensor:
     """A scale for each block, repeated to one for each element."""
-    if tuple(scale.shape) == tuple(shape) or scale.numel() == 1:
+    if tuple(scale.shape) == tuple(target_shape) or scale.numel() == 1:
         return scale
-    for axis, length in enumerate(shape):
+    for axis, length in enumerate(target_shape):
         if scale.shape[axis] not in (1, length):
             scale = scale.repeat_interleave(length // scale.shape[axis], dim=axis)
     return scale

@@ -226,6 +226,6 @@ def quantize_fp8(input: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return parts.qdata.view(input.shape), parts.scale
 
 
-def _fp32_to_bf16_sr(x_f32: Tensor) -> Tensor:
+def _fp32_to_bf16_sr(_x_f32: Tensor) -> Tensor:
     """float32 to bfloat16 at random, up or down, with the right mean."""
-    return ELEMENTS["bf16"].encode_stochastic(x_f32.float(), torch.rand(x_f32.shape, device=x_f32.device))
+    return ELEMENTS["bf16"].encode_stochastic(_x_f32.float(), torch.rand(_x_f32.shape, device=_x_f32.device))

@@ -122,6 +122,10 @@ class Float8FakeQuantizer(FakeQuantizerBase):
 class Int4WeightFakeQuantizer(FakeQuantizerBase):
     """Of an Int4WeightFakeQuantizeConfig."""
 
+    def forward(self, w: Tensor) -> Tensor:
+        """As the others', under torchao's name of the argument."""
+        return super().forward(w)
+
 
 _QUANTIZERS: dict[type, type[FakeQuantizerBase]] = {
     IntxFakeQuantizeConfig: IntxFakeQuantizer,

@@ -48,10 +48,10 @@ def allow_exported_model_train_eval(model: GraphModule) -> GraphModule:
     return model
 
 
-def attribute(model: nn.Module, target: str) -> Any:
-    """The object of a get_attr node."""
-    found: Any = model
-    for part in target.split("."):
+def attribute(obj: nn.Module, fqn: str) -> Any:
+    """The object of a get_attr node: what stands under a dotted name."""
+    found: Any = obj
+    for part in fqn.split("."):
         found = getattr(found, part)
     return found
 

@@ -7,11 +7,14 @@ oneDNN multiplies u8 x s8; the output of a product stays in floats unless the ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.fx import GraphModule
 
+from ...errors import MisfitError
 from . import patterns, watch
 from .spec import QuantizationConfig, QuantizationSpec
 from .xnnpack import XNNPACKQuantizer
@@ -24,6 +27,12 @@ OPERATORS = patterns.Operators(
     passes_on=frozenset(),
     outputs=False,
 )
+_FUNCTIONS: dict[Any, tuple[Any, ...]] = {
+    F.linear: (torch.ops.aten.linear.default,),
+    F.conv1d: (torch.ops.aten.conv1d.default,),
+    F.conv2d: (torch.ops.aten.conv2d.default,),
+    F.conv3d: (torch.ops.aten.conv3d.default,),
+}
 
 
 def get_default_x86_inductor_quantization_config(
@@ -53,6 +62,41 @@ def get_default_x86_inductor_quantization_config(
 
 class X86InductorQuantizer(XNNPACKQuantizer):
     """Annotates the inputs and weights of convolutions and linear layers."""
+
+    def get_global_quantization_config(self) -> QuantizationConfig | None:
+        """The configuration of what nothing else is said about."""
+        return self.global_config
+
+    def set_function_type_qconfig(
+        self, function_type: Callable[..., Any], quantization_config: QuantizationConfig | None
+    ) -> X86InductorQuantizer:
+        """The configuration of a function such as torch.nn.functional.linear.
+
+        Raises:
+            MisfitError: a function that is not annotated.
+        """
+        operators = _FUNCTIONS.get(function_type)
+        if operators is None:
+            raise MisfitError(
+                f"set_function_type_qconfig wants torch.nn.functional.linear or a convolution, got {function_type}."
+            )
+        for operator in operators:
+            self.set_operator_type(operator, quantization_config)
+        return self
+
+    def set_module_type_qconfig(
+        self, module_type: Callable[..., Any], quantization_config: QuantizationConfig | None
+    ) -> X86InductorQuantizer:
+        """`set_module_type` under this quantizer's own name."""
+        self.set_module_type(module_type, quantization_config)
+        return self
+
+    def set_module_name_qconfig(
+        self, module_name: str, quantization_config: QuantizationConfig | None
+    ) -> X86InductorQuantizer:
+        """`set_module_name` under this quantizer's own name."""
+        self.set_module_name(module_name, quantization_config)
+        return self
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for takes, config in self.steps():
