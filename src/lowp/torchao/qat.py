@@ -423,7 +423,11 @@ def _with_learned(holder: nn.Sequential, learned: LearnedQuantize, base: AOBaseC
         )
     spelled = str(learned.format) + (f"@{scheme.act}" if scheme.act else "")
     method = Method(
-        name="qat", about="learned", run=lambda w, fmt: learned.parts(w), why_not=lambda fmt: "", takes_any=True
+        name="qat",
+        about="learned",
+        run=lambda w, statistics, fmt: learned.parts(w),
+        why_not=lambda fmt: "",
+        takes_any=True,
     )
     quantize_by_rules(holder, {"0": spelled}, method=method)
     row = row_of(base)
