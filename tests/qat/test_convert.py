@@ -555,6 +555,7 @@ def work(rank, world, port):
     dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
         data_parallel(rank, world)
+        dist.barrier()  # nobody leaves while the other still speaks
     finally:
         dist.destroy_process_group()
 
