@@ -368,6 +368,7 @@ def test_tables_follow_gradients_that_move_and_go_with_their_parameters(device):
     """Three steps with gradients at new addresses each, of two lists that take turns; then nothing is kept."""
     from lowp.kernels.triton_ import update as fused
 
+    gc.collect()
     settings, scheme = Settings(), "e4m3/1x256"
     lists = [slots_of("adam", scheme, (512, 256), torch.bfloat16, device, settings) for _ in range(2)]
     expected, kept, before = [copied(slots) for slots in lists], [], len(fused._PLANS)
