@@ -136,6 +136,21 @@ def test_on_the_device_no_number_is_asked_for(device, monkeypatch):
     assert int(optimizer.state[p]["step"]) == 2
 
 
+def test_what_a_graph_replays_lives_as_long_as_its_optimizer(monkeypatch):
+    params = parameters(2)
+    optimizer = optim.AdamW8bit(params, capturable=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("lowp.optim.base._is_capturing", lambda: True)
+        step(optimizer, params, 0)
+    held = [weakref.ref(slot) for slot in optimizer._plans[0].batches[0].slots]
+    step(optimizer, params, 1, only={0})
+    gc.collect()
+    assert all(slot() is not None for slot in held)
+    del optimizer
+    gc.collect()
+    assert all(slot() is None for slot in held)
+
+
 def test_overflows_on_two_devices_are_one_step_less(device):
     (p,) = parameters(1, device)
     optimizer = optim.AdamW8bit([p])
@@ -222,7 +237,7 @@ def test_strided_shards_are_shards():
             p.grad = torch.ones_like(p)
             optimizer = optim.AdamW8bit([p])
             optimizer.step()
-            assert _shard(p) == 5
+            assert _shard(p) == 5 and optimizer._plans[0].batches[0].slots[0].key == 5 << 20
             assert ("scale" in packed_of(optimizer.state[p]["exp_avg"])) == quantized
     finally:
         dist.destroy_process_group()

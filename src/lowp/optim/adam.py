@@ -32,7 +32,8 @@ class Adam(LowBitOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch.optim.Adam has them; lr may be a tensor.
         state: format of the moments, such as "dyn8/1x256", "e4m3/1x256", "bf16" or "fp32", or a pair for first and second.
         stochastic_rounding: bf16 parameters take each step with the right mean instead of losing the small ones; no fp32 copy.
-        seed: of that noise.
+        seed: of that noise, its low 32 bits. Parameters of one optimizer draw noise of their own; optimizers of one seed draw the
+            same, so give each its own seed where there are many.
         foreach, fused: taken for torch's sake. Parameters are always updated together, in one kernel where there is a GPU.
 
     Raises:

@@ -86,6 +86,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._plans: dict[int, _Plan] = {}
+        self._captured: list[_Plan] = []  # that graphs replay, as long as this optimizer lives
         super().__init__(params, defaults)
 
     # -- what a rule says of itself -----------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._plans = {}
+        self._plans, self._captured = {}, getattr(self, "_captured", [])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over states and options.
@@ -217,6 +218,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
             plan = self._plans.get(i)
             if plan is None or not self._still(plan, params, options):
                 plan = self._plans[i] = self._plan(params, group, options)
+            if group["capturable"] and _is_capturing():
+                self._captured.append(plan)
             settings = self.settings(group)
             for batch in plan.batches:
                 self._run(batch, group, settings, scale, found)
@@ -361,6 +364,10 @@ def _gradient(param: Tensor) -> Tensor:
 
 def _gathered(slot: update.Slot) -> update.Slot:
     return dataclasses.replace(slot, param=slot.param.contiguous())
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _is_on_device(lr: Any) -> bool:

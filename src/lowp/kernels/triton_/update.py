@@ -411,9 +411,11 @@ def _plan(slots: Sequence[Slot], tile: int) -> Plan:
 def _table(plan: Plan, grads: Sequence[Tensor]) -> Table:
     device = plan.work.device
     made_for = _stream(device), tuple(grad.data_ptr() for grad in grads)
-    capturing = _capturing(device)
-    if plan.table is not None and plan.table.made_for == made_for and not capturing:
-        return plan.table
+    capturing, known = _capturing(device), plan.table
+    if known is not None and known.made_for[1] == made_for[1] and (capturing or known.made_for[0] == made_for[0]):
+        if capturing:  # all streams have been waited for before
+            plan.captured.append(known)
+        return known
     rows = plan.rows.clone()
     rows[:, 1] = torch.tensor(made_for[1], dtype=torch.int64)
     host = _host(rows, device)
