@@ -5,8 +5,10 @@ bit where square roots and quotients are not IEEE's. Codes and scales may not.
 """
 
 import dataclasses
+import gc
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -237,16 +239,144 @@ def test_one_format_serves_both_moments_and_a_pair_each_its_own():
     assert str(Format.parse("dyn8/1x256")) == "dyn8/1x256"
 
 
-def test_tables_follow_gradients_that_move_and_go_with_their_parameters(device):
-    """Three steps with gradients at new addresses each, of two lists that take turns; then nothing is kept."""
-    import gc
+SIZES = {  # several tiles, tiles that end inside a block's row, one element, none, odd numbers
+    "dyn8/1x256@udyn8/1x256": (8192 * 2 + 512, 256, 8192),
+    "dyn4/1x128@ulin4/1x128": (4096 + 128, 8192),
+    "fp32": (5, 4099, 1, 0, 7),
+    "e4m3/1x256": (8192 + 256,),
+    "bf16": (2049, 3),
+    "dyn8/1x2048@fp32": (3 * 2048,),
+}
+DTYPES = ((torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.bfloat16))
 
+
+@pytest.mark.parametrize("scheme", SIZES)
+@pytest.mark.parametrize("rule", RULES)
+def test_sizes_of_many_tiles_and_of_none(rule, scheme, device, poison, monkeypatch):
+    """Every pair of dtypes, two steps with gradients elsewhere, one of them at an odd address; and small pieces on the CPU."""
+    from lowp.kernels.torch_ import update as pieces
+
+    monkeypatch.setattr(pieces, "_PIECE", 1024)
+    every = (
+        Settings(seed=11, amsgrad=True, weight_decay=0.1),
+        Settings(maximize=True, decoupled=True, weight_decay=0.1),
+    )
+    for (dtype, grad_dtype), settings in zip(DTYPES, (*every, every[0]), strict=True):
+        slots = slots_of(rule, scheme, SIZES[scheme], dtype, device, settings)
+        if scheme == "fp32":  # a slot in the middle of a parameter
+            slots[0] = dataclasses.replace(slots[0], start=1 << 20)
+        numel = [slot.param.numel() for slot in slots]
+        grads = [[torch.randn(n + 1, device=device).to(grad_dtype)[i:][:n] for n in numel] for i in range(2)]
+        runs = [kernel.run for kernel in able(rule, slots, grads[0], settings)]
+        results = []
+        for run in (lambda *args: reference(rule, *args), *runs):
+            mine = copied(slots)
+            for step, given in enumerate(grads, 3):
+                run(mine, given, settings, coefficients(rule, settings, 1e-2, step))
+                results.append(copied(mine)) if step == 3 else None
+            results.append(mine)
+        for i in range(2, len(results), 2):
+            assert_same_slots(results[i], results[0], exact=is_exact(rule, device))
+            if is_exact(rule, device):
+                assert_same_slots(results[i + 1], results[1], exact=True)
+            else:  # a last bit of the first step's parameter may reach the second step's states through weight decay
+                for mine, theirs in zip(results[i + 1], results[1], strict=True):
+                    near = 4 * torch.finfo(dtype).eps
+                    torch.testing.assert_close(mine.param, theirs.param, rtol=near, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", [5, 2**31 + 3, 2**32 + 5, 2**40 + 5, -1])
+def test_any_seed_is_the_same_noise_everywhere_and_other_noise_at_each_step(seed, device):
+    settings, seen = Settings(seed=seed), []
+    slots = slots_of("sgd", "fp32", (512,), torch.bfloat16, device, settings)
+    grads = [torch.randn(512, device=device)]
+    for step in (1, 2, 257):
+        drawn = noise(512, 0, seed, step, 0, torch.device("cpu"))
+        assert not any(torch.equal(drawn, other) for other in seen)
+        seen.append(drawn)
+        number = coefficients("sgd", settings, 1e-2, step)
+        expected = copied(slots)
+        reference("sgd", expected, grads, settings, number)
+        for kernel in able("sgd", slots, grads, settings):
+            mine = copied(slots)
+            kernel.run(mine, grads, settings, number)
+            assert_same_slots(mine, expected, exact=True)
+
+
+def fused_of(rule, slots, settings):
+    (kernel,) = [k for k in able(rule, slots, [slots[0].param], settings) if k.name == "fused"]
+    return kernel
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_compiled_kernel_gets_the_types_it_was_compiled_for(rule, device, monkeypatch):
+    """Whole numbers where floats are usual, seeds of any size: one key, one type for each argument, and none beyond 32 bits."""
     from lowp.kernels.triton_ import update as fused
 
+    seen = {}
+    monkeypatch.setattr(fused, "launch", lambda kernel, key, grid, args, *rest: seen.setdefault(key, []).append(args))
+    for seed in (0, 5, 2**31 + 3, 2**40 + 5, -1):
+        for number in (0, 0.0):
+            settings = Settings(
+                beta1=number, beta2=number, eps=number, dampening=number, weight_decay=number, seed=seed
+            )
+            slots = slots_of(rule, "fp32", (512,), torch.bfloat16, device, settings)
+            for step in (1, 2):
+                coefficient = coefficients(rule, settings, number + 1, step)
+                fused_of(rule, slots, settings).run(slots, [slots[0].param], settings, coefficient)
+    assert len(seen) == 1
+    ((first, *others),) = seen.values()
+    assert all(list(map(type, args)) == list(map(type, first)) for args in others)
+    numbers = [x for args in (first, *others) for x in args if type(x) is int]
+    assert len(numbers) == 2 * (1 + len(others)) and all(-(2**31) <= x < 2**31 for x in numbers)
+
+
+def test_a_table_is_never_written_again(device, monkeypatch):
+    """One that a graph has captured stays, whatever steps come after it."""
+    from lowp.kernels.triton_ import update as fused
+
+    slots = slots_of("adam", "fp32", (512, 256), torch.bfloat16, device, Settings())
+    one, two = ([torch.randn(slot.param.numel(), device=device) for slot in slots] for _ in range(2))
+    plan = fused._plan(slots, 2048)
+    eager = fused._table(plan, one)
+    assert fused._table(plan, one) is eager
+    three = [grad.clone() for grad in one]
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "_capturing", lambda device: True)
+        assert fused._table(plan, one) is eager  # nothing to copy at each replay
+        elsewhere = fused._table(plan, three)
+    assert fused._table(plan, one) is eager and elsewhere.device[:, 1].tolist() == [grad.data_ptr() for grad in three]
+    captured = eager
+    del eager
+    held = weakref.ref(captured)
+    before = captured.device.clone()
+    moved = fused._table(plan, two)
+    assert moved.device[:, 1].tolist() == [grad.data_ptr() for grad in two]
+    assert torch.equal(captured.device, before) and before[:, 1].tolist() == [grad.data_ptr() for grad in one]
+    del captured, before
+    gc.collect()
+    assert held() is not None and fused._plan(slots, 2048) is plan
+    assert fused._table(plan, two) is moved
+
+
+def test_one_odd_address_is_not_remembered(device):
+    from lowp.kernels.triton_ import update as fused
+
+    slots = slots_of("adam", "fp32", (512,), torch.float32, device, Settings())
+    even, odd = torch.randn(512, device=device), torch.randn(513, device=device)[1:]
+    plan = fused._plan(slots, 2048)
+    assert [fused._table(plan, [grad]).aligned for grad in (even, odd, even)] == [True, False, True]
+
+
+def test_tables_follow_gradients_that_move_and_go_with_their_parameters(device):
+    """Three steps with gradients at new addresses each, of two lists that take turns; then nothing is kept."""
+    from lowp.kernels.triton_ import update as fused
+
+    gc.collect()
     settings, scheme = Settings(), "e4m3/1x256"
     lists = [slots_of("adam", scheme, (512, 256), torch.bfloat16, device, settings) for _ in range(2)]
     expected, kept, before = [copied(slots) for slots in lists], [], len(fused._PLANS)
-    (kernel,) = [k for k in able("adam", lists[0], [lists[0][0].param], settings) if k.name == "fused"]
+    kernel = fused_of("adam", lists[0], settings)
     for step in range(1, 4):
         for slots, wanted in zip(lists, expected, strict=True):
             grads = [torch.randn(slot.param.numel(), device=device).bfloat16() for slot in slots]

@@ -79,6 +79,37 @@ def fsdp(rank, device, mesh, folder):
         assert_same(again, model)
 
 
+def gathered(rank, device, mesh, folder):
+    """A whole state dict of shards that are not equal (33 and 32 rows): one process' codes; and it loads into shards again."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    options = StateDictOptions(full_state_dict=True)
+    for make in (optim.AdamW8bit, optim.AdamW4bit, optim.AdamWFp8):
+        models = []
+        for _ in range(3):
+            torch.manual_seed(0)
+            models.append(nn.Linear(256, 65, device=device))
+        alone, model, again = models
+        one = make(alone.parameters(), lr=1e-3)
+        train(alone, one, device, 2)
+        for sharded in (model, again):
+            fully_shard(sharded, mesh=mesh)
+        optimizer, fresh = make(model.parameters(), lr=1e-3), make(again.parameters(), lr=1e-3)
+        train(model, optimizer, device, 2)
+        saved = get_optimizer_state_dict(model, optimizer, options=options)
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(saved["state"]["weight"][name], one.state[alone.weight][name])
+        set_optimizer_state_dict(again, fresh, saved, options=options)
+        for name in ("exp_avg", "exp_avg_sq"):
+            mine, theirs = (local(o.state[m.weight][name]) for o, m in ((optimizer, model), (fresh, again)))
+            assert torch.equal(mine, theirs)
+
+
 def tensor_parallel(rank, device, mesh, folder):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -121,6 +152,7 @@ def work(rank, world, port, device_type, folder):
     try:
         for what in (
             fsdp,
+            gathered,
             tensor_parallel,
             noise,
         ):  # one after the other: to start two processes takes longer than the work

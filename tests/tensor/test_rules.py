@@ -111,6 +111,17 @@ def test_cuts_across_k_commute_with_dequantize(q, what):
     check(VIEWS_OF_K[what](q), VIEWS_OF_K[what](q.dequantize()))
 
 
+def test_rows_of_zeros_behind_others(q):
+    """What DTensor puts behind a shard that is smaller than others."""
+    if "zero_point" in q.packed and q.packed["zero_point"].numel() == 1:
+        with pytest.raises(TensorRuleError, match="zero point"):
+            F.pad(q, (0, 0, 0, N))
+        return
+    check(F.pad(q, (0, 0, 0, N)), F.pad(q.dequantize(), (0, 0, 0, N)))
+    with pytest.raises(TensorRuleError, match="rows of zeros"):
+        F.pad(q, (0, 1))
+
+
 def test_writing_to_a_slice_writes_to_its_parent(q):
     """How serving engines load shards: param.narrow(...).copy_(shard)."""
     whole, first = q.dequantize(), torch.zeros_like(q)

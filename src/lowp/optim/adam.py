@@ -12,6 +12,7 @@ Sources: Dettmers et al., arXiv 2110.02861 (8 bits); Li et al., arXiv 2309.01507
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +32,8 @@ class Adam(LowBitOptimizer):
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as torch.optim.Adam has them; lr may be a tensor.
         state: format of the moments, such as "dyn8/1x256", "e4m3/1x256", "bf16" or "fp32", or a pair for first and second.
         stochastic_rounding: bf16 parameters take each step with the right mean instead of losing the small ones; no fp32 copy.
-        seed: of that noise.
+        seed: of that noise, its low 32 bits. Parameters of one optimizer draw noise of their own; optimizers of one seed draw the
+            same, so give each its own seed where there are many.
         foreach, fused: taken for torch's sake. Parameters are always updated together, in one kernel where there is a GPU.
 
     Raises:
@@ -54,8 +56,7 @@ class Adam(LowBitOptimizer):
         in_range("lr", lr, 0, None)
         in_range("eps", eps, 0, None)
         in_range("weight_decay", weight_decay, 0, None)
-        for beta in betas:
-            in_range("a beta", beta, 0, 1)
+        check_betas(betas)
         if differentiable:
             raise MisfitError("differentiable=True wants float states that keep their graph: use torch.optim there.")
         defaults = dict(
@@ -93,6 +94,7 @@ class AdamW(Adam):
         self, params: Any, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, amsgrad: bool = False, **options: Any,
     ) -> None:  # fmt: skip
+        check_options(self, options)
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
 
 
@@ -105,11 +107,40 @@ def in_range(name: str, value: Any, low: float, below: float | None) -> None:
         raise MisfitError(f"{name} wants a number of at least {low}{upper}, got {value}.")
 
 
+def check_betas(betas: Any) -> None:
+    """A MisfitError unless these are two numbers of [0, 1)."""
+    if len(betas) != 2:
+        raise MisfitError(f"betas wants two numbers, got {betas!r}.")
+    for beta in betas:
+        in_range("a beta", beta, 0, 1)
+
+
+_ELSEWHERE = {  # options of torchao's and bitsandbytes' optimizers
+    "bf16_stochastic_round": "say stochastic_rounding=True",
+    "optim_bits": "say state='dyn8/1x256', or 'fp32' for 32 bits",
+    "min_8bit_size": "states of fewer than 4096 elements are float32; put others that shall be into a group with state='fp32'",
+    "is_paged": "use lowp.optim.CPUOffloadOptimizer where states do not fit",
+}
+
+
+def check_options(optimizer: LowBitOptimizer, options: dict[str, Any]) -> None:
+    """A TypeError that names the class which was asked for, where there is no such option."""
+    spelled = next(kind for kind in type(optimizer).__mro__ if LowBitOptimizer in kind.__bases__)
+    known = inspect.signature(spelled.__init__).parameters  # type: ignore[misc]
+    for name in options:
+        if name not in known:
+            known_as = _ELSEWHERE.get(name, f"it has {', '.join(list(known)[2:])}")
+            raise TypeError(f"{type(optimizer).__name__} has no option {name}: {known_as}.")
+
+
 def named(name: str, base: type, element: str, block: int, module: str = __name__) -> type:
     """A subclass of `base` whose states are in `element`, with blocks of `block` unless block_size says otherwise."""
 
-    def __init__(self: Any, params: Any, *args: Any, block_size: int = block, **options: Any) -> None:
-        base.__init__(self, params, *args, **{"state": f"{element}/1x{block_size}", **options})
+    def __init__(self: Any, params: Any, *args: Any, block_size: int | None = None, **options: Any) -> None:
+        if block_size is not None and "state" in options:
+            raise MisfitError(f"{name} wants block_size or state, which names its block, got both.")
+        check_options(self, options)
+        base.__init__(self, params, *args, **{"state": f"{element}/1x{block_size or block}", **options})
 
     doc = f"`{base.__name__}` with states in {element}/1x{block}. block_size: elements that share a scale."
     return type(name, (base,), {"__init__": __init__, "__doc__": doc, "__module__": module, "__qualname__": name})

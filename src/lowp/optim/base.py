@@ -4,9 +4,10 @@
     state     {"step", "exp_avg": QTensor, ...}, made at a parameter's first step, under torch's names
     load      every state is brought into this optimizer's own formats: from torch's, torchao's, bitsandbytes' or our own
 
-Batches are kept as long as parameters and states stay where they are, so that a step of a thousand small parameters costs few
-calls. The parameters of a batch share one tensor that counts their steps; it is on the CPU, unless the device has to count: with
-`capturable`, with a learning rate on the device, or where a GradScaler may skip a step that the host must not wait for.
+Batches are kept as long as parameters and states stay where they are and the group's options stay, so that a step of a thousand
+small parameters costs few calls. The parameters of a batch have made equally many steps; their counts are elements of one tensor.
+It is on the CPU, unless the device has to count: with `capturable`, with a learning rate on the device, or where a GradScaler may
+skip a step that the host must not wait for.
 
 Gradients are read, never changed: with a GradScaler they stay scaled.
 """
@@ -14,31 +15,60 @@ Gradients are read, never changed: with a GradScaler they stay scaled.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import MisfitError
+from ..errors import LowpError, MisfitError
 from ..numerics import Format
 from ..ops import update
-from .load import loaded
-from .state import is_dtensor, like_parameter, local, packed_of, scheme_of, shape_of_states, zeros
+from .load import converted, loaded
+from .state import (
+    is_dtensor,
+    is_kept_as,
+    is_shard,
+    like_parameter,
+    local,
+    packed_of,
+    scheme_of,
+    shape_of_states,
+    zeros,
+)
 
 _OWN = ("state", "stochastic_rounding", "seed", "capturable")  # options of a group that a checkpoint does not decide
 FLOAT32 = "fp32@fp32"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class _Batch:
-    """Parameters that one call of an op updates, and the count of their steps."""
+    """Parameters that one call of an op updates, and the counts of their steps, which are equal.
+
+    Args:
+        held: each parameter's entry of `state` and the tensors in it. counts: (parameters,), float32; an element of it is each
+            parameter's "step". version: of its memory after our last write.
+        on_device: the numbers of a step are made from the counts where these lie, and the host is not told.
+    """
 
     params: list[Tensor]
     slots: list[update.Slot]
-    step: Tensor
+    held: list[tuple[dict[str, Any], tuple[Any, ...]]]
+    counts: Tensor
+    version: int
+    on_device: bool
     grad_dtype: torch.dtype
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """The batches of a group, and what they were made from."""
+
+    params: list[Tensor]
+    options: tuple[Any, ...]
+    batches: list[_Batch]
 
 
 class LowBitOptimizer(torch.optim.Optimizer):
@@ -55,8 +85,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True  # GradScaler hands over grad_scale and found_inf, and does not wait
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._keys: dict[Tensor, int] = {}
-        self._plans: dict[int, list[_Batch]] = {}
+        self._plans: dict[int, _Plan] = {}
+        self._captured: list[_Plan] = []  # that graphs replay, as long as this optimizer lives
         super().__init__(params, defaults)
 
     # -- what a rule says of itself -----------------------------------------------------------------------------------
@@ -78,18 +108,20 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time; its options may differ in everything, the format of its states included."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        scheme_of(group["state"])  # a wrong spelling is told now
-        for param in group["params"]:
-            self._keys[param] = len(self._keys)
+        try:
+            scheme_of(self.param_groups[-1]["state"])  # a wrong spelling is told now
+            for param in self.param_groups[-1]["params"]:
+                _check_dtype(param)
+        except LowpError:
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-        self._keys = {param: i for i, param in enumerate(p for group in self.param_groups for p in group["params"])}
-        self._plans = {}
+        self._plans, self._captured = {}, getattr(self, "_captured", [])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over states and options.
@@ -100,48 +132,49 @@ class LowBitOptimizer(torch.optim.Optimizer):
                 `capturable` stay those of this optimizer.
 
         Raises:
-            MisfitError: states that do not belong to these parameters.
+            MisfitError: states that do not belong to these parameters; the optimizer stays as it was.
         """
-        given: dict[str, Any] = {}
+        made: dict[Any, Any] = {}
 
-        def take(optimizer: Any, found: dict[str, Any]) -> dict[str, Any]:
-            given.update(found)
+        def convert(optimizer: Any, found: dict[str, Any]) -> dict[str, Any]:
+            saved = found["param_groups"]
             own = [{name: group[name] for name in _OWN if name in group} for group in self.param_groups]
-            groups = [old | new for old, new in zip(found["param_groups"], own, strict=False)]
-            groups += found["param_groups"][len(own) :]  # too many: torch says so
+            groups = [self.defaults | old | new for old, new in zip(saved, own, strict=False)]
+            groups += saved[len(own) :]  # too many: torch says so
+            if [len(group["params"]) for group in saved] == [len(group["params"]) for group in self.param_groups]:
+                made.update(self._converted(groups, found["state"]))
             return {**found, "state": {}, "param_groups": groups}
 
-        handle = self.register_load_state_dict_pre_hook(take)  # the last, so it sees what others made of it
+        handles = [
+            self.register_load_state_dict_pre_hook(convert),  # the last, so it sees what others made of it
+            self.register_load_state_dict_post_hook(lambda _: self.state.update(made), prepend=True),
+        ]
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        steps: dict[tuple[float, torch.device], Tensor] = {}
-        for group, saved in zip(self.param_groups, given["param_groups"], strict=True):
-            for param, number in zip(group["params"], saved["params"], strict=True):
-                held = given["state"].get(number)
-                if held:
-                    self.state[param] = self._loaded(param, group, held, steps)
-        for key, held in given["state"].items():
-            if not isinstance(key, int):
-                self.state[key] = held
-        self._plans = {}
+            for handle in handles:
+                handle.remove()
 
-    def _loaded(
-        self,
-        param: Tensor,
-        group: dict[str, Any],
-        held: dict[str, Any],
-        steps: dict[tuple[float, torch.device], Tensor],
-    ) -> dict[str, Any]:
+    def _converted(self, groups: list[dict[str, Any]], given: dict[Any, Any]) -> dict[Any, Any]:
+        """The states of a checkpoint by parameter, those that belong to none under their own keys."""
+        numbers = {number for group in groups for number in group["params"]}
+        states = {key: held for key, held in given.items() if key not in numbers}
+        for group, mine in zip(groups, self.param_groups, strict=True):
+            for number, param in zip(group["params"], mine["params"], strict=True):
+                if state := self._loaded(param, group, given.get(number) or {}):
+                    states[param] = state
+        return states
+
+    def _loaded(self, param: Tensor, group: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
         shape, formats = self._formats(param, group)
         state = loaded(held, param, self.moments(group), formats, shape, self.held)
-        count = float(state.get("step", 0))
+        if not state:
+            return state
+        if "step" not in state and self.rule == "adam":
+            raise MisfitError(f"a state of {type(self).__name__} wants step, got {', '.join(map(str, held))} alone.")
+        count = float(state.get("step", 1))  # torch's SGD keeps none: its buffer is there from the first step on
         device = local(param).device if group["capturable"] else torch.device("cpu")
-        if (count, device) not in steps:
-            steps[count, device] = torch.tensor(count, dtype=torch.float32, device=device)
-        state["step"] = steps[count, device]
-        return state
+        return state | {"step": torch.tensor(count, dtype=torch.float32, device=device)}
 
     def _formats(self, param: Tensor, group: dict[str, Any]) -> tuple[tuple[int, ...], list[Format | None]]:
         """The shape and the format of each state of a parameter; None for float32."""
@@ -153,9 +186,9 @@ class LowBitOptimizer(torch.optim.Optimizer):
 
     def explain(self) -> list[tuple[str, tuple[int, ...], str, str]]:
         """For each parameter: name (or number), shape, the format of its states, and why they stay float32 ("" if not)."""
-        rows = []
+        rows: list[tuple[str, tuple[int, ...], str, str]] = []
         for group in self.param_groups:
-            names = group.get("param_names") or [str(self._keys[param]) for param in group["params"]]
+            names = group.get("param_names") or [str(len(rows) + i) for i in range(len(group["params"]))]
             scheme = scheme_of(group["state"])
             for name, param in zip(names, group["params"], strict=True):
                 shape, why = shape_of_states(param, scheme)
@@ -177,14 +210,20 @@ class LowBitOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        first = 0
         for i, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param.grad is not None]
-            batches = self._plans.get(i)
-            if batches is None or not _still(batches, params):
-                batches = self._plans[i] = self._plan(params, group)
+            on_device = group["capturable"] or found is not None or _is_on_device(group["lr"])
+            options = self.moments(group), group["state"], on_device, first
+            plan = self._plans.get(i)
+            if plan is None or not self._still(plan, params, options):
+                plan = self._plans[i] = self._plan(params, group, options)
+            if group["capturable"] and _is_capturing():
+                self._captured.append(plan)
             settings = self.settings(group)
-            for batch in batches:
+            for batch in plan.batches:
                 self._run(batch, group, settings, scale, found)
+            first += len(group["params"])
         return loss
 
     def _run(
@@ -195,6 +234,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
         scale: Tensor | None,
         found: Tensor | None,
     ) -> None:
+        device = batch.slots[0].param.device
+        scale, found = (None if x is None else x.to(device) for x in (scale, found))
         numbers = self._numbers(batch, group, settings, found)
         grads = [_gradient(param) for param in batch.params]
         slots = batch.slots
@@ -210,61 +251,83 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def _numbers(
         self, batch: _Batch, group: dict[str, Any], settings: update.Settings, found: Tensor | None
     ) -> update.Coefficients | Tensor:
-        lr, step = group["lr"], batch.step
-        step += 1
-        if step.device.type == "cpu":
-            if found is not None and bool(found):
-                step -= 1
-            return update.coefficients(self.rule, settings, float(lr), max(int(step), 1))
-        numbers = update.coefficients_on_device(self.rule, settings, lr, step)
-        if found is not None:
-            step -= found.to(step.device)
+        batch.counts += 1
+        if batch.on_device:
+            numbers: update.Coefficients | Tensor = update.coefficients_on_device(
+                self.rule, settings, group["lr"], batch.counts[0]
+            )
+            if found is not None:
+                batch.counts -= (found != 0).to(batch.counts.dtype)  # torch adds up what several devices found
+        else:
+            numbers = update.coefficients(self.rule, settings, float(group["lr"]), int(batch.counts[0]))
+        batch.version = batch.counts._version
         return numbers
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
-    def _plan(self, params: list[Tensor], group: dict[str, Any]) -> list[_Batch]:
-        on_device = group["capturable"] or getattr(self, "found_inf", None) is not None or _is_on_device(group["lr"])
+    def _still(self, plan: _Plan, params: list[Tensor], options: tuple[Any, ...]) -> bool:
+        """Whether a plan holds these very parameters and states, where they were, under the same options."""
+        return (
+            plan.options == options
+            and _same(plan.params, params)
+            and all(batch.counts._version == batch.version for batch in plan.batches)
+            and all(
+                local(param).data_ptr() == slot.param.data_ptr()
+                and local(param.grad).dtype == batch.grad_dtype  # type: ignore[arg-type]
+                and self.state.get(param) is entry
+                and _same(entry.values(), tensors)
+                for batch in plan.batches
+                for param, slot, (entry, tensors) in zip(batch.params, batch.slots, batch.held, strict=True)
+            )
+        )
+
+    def _plan(self, params: list[Tensor], group: dict[str, Any], options: tuple[Any, ...]) -> _Plan:
+        *_, on_device, first = options
+        numbers = {id(param): first + i for i, param in enumerate(group["params"])}
         found: dict[Any, list[tuple[Tensor, update.Slot]]] = {}
-        fresh: dict[torch.device, Tensor] = {}
-        moved: dict[int, Tensor] = {}
         for param in params:
             _check(param)
-            state, device = self.state[param], local(param).device
-            if not state:
-                self._make(param, group, state)
-                counts = device if on_device else torch.device("cpu")
-                state["step"] = fresh.setdefault(counts, torch.zeros((), dtype=torch.float32, device=counts))
-            elif on_device and state["step"].device != device:
-                state["step"] = moved.setdefault(id(state["step"]), state["step"].to(device))
-            slot, grad = self._slot(param, group, state), local(param.grad)
-            key = (slot.scheme, len(slot.shape), slot.param.dtype, device, id(state["step"]), grad.dtype)
+            self._prepare(param, group)
+        for param, count in zip(params, _counts([self.state[param]["step"] for param in params]), strict=True):
+            slot = self._slot(param, group, numbers[id(param)])
+            key = (slot.scheme, len(slot.shape), slot.param.dtype, slot.param.device, count, local(param.grad).dtype)  # type: ignore[arg-type]
             found.setdefault(key, []).append((param, slot))
         batches = []
-        for key, rows in found.items():
+        for (_, _, _, device, count, grad_dtype), rows in found.items():
+            counts = torch.full((len(rows),), count, dtype=torch.float32, device=device if on_device else "cpu")
+            held = []
+            for i, (param, _) in enumerate(rows):
+                entry = self.state[param]
+                entry["step"] = counts[i]
+                held.append((entry, tuple(entry.values())))
             members, slots = [param for param, _ in rows], [slot for _, slot in rows]
-            step = self.state[members[0]]["step"].clone()  # of these alone: others may not step with them
-            for param in members:
-                self.state[param]["step"] = step
-            batches.append(_Batch(params=members, slots=slots, step=step, grad_dtype=key[-1]))
-        return batches
+            batches.append(
+                _Batch(
+                    params=members, slots=slots, held=held, counts=counts, version=counts._version, on_device=on_device,
+                    grad_dtype=grad_dtype,
+                )
+            )  # fmt: skip
+        return _Plan(params=params, options=options, batches=batches)
 
-    def _make(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    def _prepare(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Make the states that are missing, and bring the others into the formats of the group."""
+        state = self.state[param]
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
         shape, formats = self._formats(param, group)
         for name, fmt in zip(self.moments(group), formats, strict=True):
-            state[name] = like_parameter(self.held(zeros(param, fmt, shape)), param)
-
-    def _slot(self, param: Tensor, group: dict[str, Any], state: dict[str, Any]) -> update.Slot:
-        shape, formats = self._formats(param, group)
-        for name, fmt in zip(self.moments(group), formats, strict=True):
-            if name not in state:  # amsgrad that was switched on later
+            if name not in state:
                 state[name] = like_parameter(self.held(zeros(param, fmt, shape)), param)
+            elif not is_kept_as(state[name], fmt, shape):
+                state[name] = like_parameter(self.held(converted(state[name], param, fmt, shape, name)), param)
+
+    def _slot(self, param: Tensor, group: dict[str, Any], number: int) -> update.Slot:
+        shape, formats = self._formats(param, group)
         return update.Slot(
             param=local(param).detach(),
-            states=tuple(packed_of(state[name]) for name in self.moments(group)),
+            states=tuple(packed_of(self.state[param][name]) for name in self.moments(group)),
             scheme=FLOAT32 if formats[0] is None else scheme_of(group["state"]),
             shape=shape,
-            key=self._keys[param] | _shard(param) << 20,
+            key=number | _shard(param) << 20,
         )
 
     def state_nbytes(self) -> int:
@@ -273,25 +336,25 @@ class LowBitOptimizer(torch.optim.Optimizer):
         return sum(t.numel() * t.element_size() for value in found for t in packed_of(value).values())
 
 
-_health_check = getattr(  # that a graph is captured with capturable=True alone; before torch 2.13 under its older name
-    torch.optim.Optimizer,
-    "_accelerator_graph_capture_health_check",
-    torch.optim.Optimizer._cuda_graph_capture_health_check,
+# that a graph is captured with capturable=True alone; before torch 2.13 under its older name
+_health_check = (
+    getattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", None)
+    or torch.optim.Optimizer._cuda_graph_capture_health_check
 )
 
 
-def _still(batches: list[_Batch], params: list[Tensor]) -> bool:
-    """Whether the batches hold these very parameters, where they were."""
-    if sum(len(batch.params) for batch in batches) != len(params):
-        return False
-    known = {id(param) for batch in batches for param in batch.params}
-    if any(id(param) not in known for param in params):
-        return False
-    return all(
-        local(param).data_ptr() == slot.param.data_ptr() and local(param.grad).dtype == batch.grad_dtype
-        for batch in batches
-        for param, slot in zip(batch.params, batch.slots, strict=True)
-    )
+def _same(one: Collection[Any], other: Collection[Any]) -> bool:
+    """Whether two collections hold the same objects in the same order."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _counts(steps: list[Tensor]) -> list[float]:
+    """The numbers in tensors of one number each; every GPU is waited for once."""
+    counts: dict[int, float] = {}
+    for device in dict.fromkeys(step.device for step in steps):
+        here = [i for i, step in enumerate(steps) if step.device == device]
+        counts |= zip(here, torch.stack([steps[i].view(()) for i in here]).tolist(), strict=True)
+    return [counts[i] for i in range(len(steps))]
 
 
 def _gradient(param: Tensor) -> Tensor:
@@ -303,11 +366,23 @@ def _gathered(slot: update.Slot) -> update.Slot:
     return dataclasses.replace(slot, param=slot.param.contiguous())
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _is_on_device(lr: Any) -> bool:
     return isinstance(lr, Tensor) and lr.device.type != "cpu"
 
 
+def _check_dtype(param: Tensor) -> None:
+    if param.dtype == torch.float64:
+        raise MisfitError(
+            f"a low-bit optimizer computes in float32, got a float64 parameter {tuple(param.shape)}: use torch.optim for it."
+        )
+
+
 def _check(param: Tensor) -> None:
+    _check_dtype(param)
     grad = param.grad
     if grad.is_sparse:  # type: ignore[union-attr]
         raise MisfitError(
@@ -327,5 +402,5 @@ def _shard(param: Tensor) -> int:
     number = 0
     coordinate: Iterable[int] = param.device_mesh.get_coordinate() or ()
     for placement, size, at in zip(param.placements, param.device_mesh.shape, coordinate, strict=False):
-        number = number * size + at if placement.is_shard() else number
+        number = number * size + at if is_shard(placement) else number
     return number

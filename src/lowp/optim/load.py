@@ -26,6 +26,7 @@ from ..tensor import QTensor
 from .state import floats, is_dtensor, like_parameter, local, quantized, shown
 
 _MAPS = ("dyn8", "udyn8", "dyn4", "ulin4")
+_WRAPPED = "__bnb_optimizer_quant_state__"  # under which newer bitsandbytes keep all but step
 _OWN_OPTIONS = ("state", "stochastic_rounding", "seed")
 
 
@@ -40,25 +41,31 @@ def loaded(
     """The state of one parameter in these formats, on its device, in memory of its own; `keep`: what each is kept as.
 
     Raises:
-        MisfitError: a state of another size than the parameter.
+        MisfitError: a state of another shape than the parameter, or one whose moments are not there.
     """
+    if all(value is None for value in held.values()):
+        return {}
     held = _without_bitsandbytes(held, param, names)
+    if any(held.get(name) is None for name in names if name != "max_exp_avg_sq"):
+        raise MisfitError(
+            f"a state wants {', '.join(names)}, got {', '.join(map(str, held))}: load its own optimizer's."
+        )
     state = {name: value for name, value in held.items() if name not in names}
     for name, fmt in zip(names, formats, strict=True):
         if name in held and held[name] is not None:
-            state[name] = like_parameter(keep(_converted(held[name], param, fmt, shape, name)), param)
+            state[name] = like_parameter(keep(converted(held[name], param, fmt, shape, name)), param)
     return state
 
 
-def _converted(value: Tensor, param: Tensor, fmt: Format | None, shape: tuple[int, ...], name: str) -> Tensor:
+def converted(value: Tensor, param: Tensor, fmt: Format | None, shape: tuple[int, ...], name: str) -> Tensor:
+    """A state of a parameter (local part) in a format, None for float32, in memory of its own; `name` for errors."""
     if is_dtensor(param) != is_dtensor(value) and param.dim():
         one, other = ("a DTensor", "none") if is_dtensor(value) else ("no DTensor", "one")
         raise MisfitError(
             f"{name} is {one}, its parameter {other}: load with torch.distributed.checkpoint, which shards states as parameters."
         )
     mine, device = local(value), local(param).device
-    if mine.numel() != local(param).numel() and not hasattr(mine, "codes"):
-        raise MisfitError(f"{name} wants {local(param).numel()} elements as its parameter has, got {mine.numel()}.")
+    _check_shape(name, mine, param)
     if hasattr(mine, "codes") and hasattr(mine, "scale") and not isinstance(mine, QTensor):
         mine = from_codes(
             mine.codes, mine.scale, getattr(mine, "qmap", None), tuple(local(param).shape), high_first=True
@@ -75,6 +82,16 @@ def _converted(value: Tensor, param: Tensor, fmt: Format | None, shape: tuple[in
     return quantized(floats(mine).to(device).reshape(local(param).shape), fmt, shape)
 
 
+def _check_shape(name: str, state: Tensor, param: Tensor) -> None:
+    """The shape of the parameter, or all elements in one axis."""
+    held = local(param)
+    if tuple(state.shape) not in (tuple(held.shape), (held.numel(),)):
+        raise MisfitError(
+            f"{name} wants {held.numel()} elements as its parameter {tuple(held.shape)} has, in that shape or flat, "
+            f"got {tuple(state.shape)}: load it into the model that it was saved from."
+        )
+
+
 def from_codes(
     codes: Tensor, scale: Tensor, values: Tensor | None, shape: tuple[int, ...], *, high_first: bool = False
 ) -> Tensor:
@@ -87,10 +104,19 @@ def from_codes(
 
     Returns:
         A QTensor with the same codes where the map is one of ours, in rising order; else float32.
+
+    Raises:
+        MisfitError: more or fewer codes than the shape has elements.
     """
     count = torch.Size(shape).numel()
     codes, scale = codes.detach().flatten(), scale.detach().flatten().to(torch.float32)
     half = values is not None and values.numel() == 16
+    if codes.numel() != (-(-count // 2) if half else count) or not 0 < scale.numel() <= max(count, 1):
+        each = "half a byte" if half else "a byte"
+        raise MisfitError(
+            f"a state {shape} wants {count} codes of {each} and a scale a block, "
+            f"got {codes.numel()} bytes and {scale.numel()} scales: load it into the model that it was saved from."
+        )
     if half and codes.numel() * 2 == count:
         codes = codes if not high_first else codes << 4 | codes >> 4
     block = _block(count, scale.numel())
@@ -121,6 +147,7 @@ def _map_of(values: Tensor) -> str:
 
 def _without_bitsandbytes(held: dict[str, Any], param: Tensor, names: tuple[str, ...]) -> dict[str, Any]:
     """state1, absmax1 and qmap1 as a state under torch's name; other states unchanged."""
+    held = {name: value for name, value in held.items() if name != _WRAPPED} | held.get(_WRAPPED, {})
     if "state1" not in held:
         return held
     out: dict[str, Any] = {"step": held.get("step", 0)}
@@ -128,7 +155,13 @@ def _without_bitsandbytes(held: dict[str, Any], param: Tensor, names: tuple[str,
         codes = held.get(f"state{i}")
         if codes is None:
             continue
+        _check_shape(name, codes, param)
         if codes.dtype == torch.uint8:
+            if held.get(f"absmax{i}") is None or held.get(f"qmap{i}") is None:
+                raise MisfitError(
+                    f"bitsandbytes' {name} wants absmax{i} and qmap{i} of its blocks, got {', '.join(held)}: "
+                    "its states with one scale a tensor are not read, save them with block_wise=True."
+                )
             codes = from_codes(codes, held[f"absmax{i}"], held[f"qmap{i}"], tuple(local(param).shape))
         out[name] = codes
     return out
@@ -160,4 +193,4 @@ def to_torch(state_dict: dict[str, Any], dtype: torch.dtype | None = None) -> di
 def _plain(name: str, value: Any, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor) or name == "step":
         return value.clone() if isinstance(value, Tensor) else value
-    return like_parameter(floats(value).to(dtype), value)
+    return like_parameter(floats(value).to(dtype, copy=True), value)

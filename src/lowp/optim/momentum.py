@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import MisfitError
 from ..ops.update import Settings
-from .adam import in_range, named
+from .adam import check_betas, in_range, named
 from .base import LowBitOptimizer
 from .state import State
 
@@ -85,8 +85,7 @@ class Lion(LowBitOptimizer):
     ) -> None:  # fmt: skip
         in_range("lr", lr, 0, None)
         in_range("weight_decay", weight_decay, 0, None)
-        for beta in betas:
-            in_range("a beta", beta, 0, 1)
+        check_betas(betas)
         defaults = dict(
             lr=lr, betas=tuple(betas), weight_decay=weight_decay, maximize=maximize, capturable=capturable, state=state,
             stochastic_rounding=stochastic_rounding, seed=seed,

@@ -31,7 +31,6 @@ from ..numerics.formats.dynamic import UNSIGNED
 from ..tensor import QTensor
 
 SMALLEST = 4096  # elements of the smallest tensor that is quantized
-SECONDS = ("exp_avg_sq", "max_exp_avg_sq")  # moments that are never negative
 
 State = str | Sequence[str]
 
@@ -45,13 +44,15 @@ def scheme_of(state: State) -> str:
     if not isinstance(state, str):
         if len(state) != 2:
             raise SpellingError(f"state wants one format or a pair for first and second moments, got {state!r}.")
-        return "@".join(str(Format.parse(one)) for one in state)
+        first, second = (Format.parse(one) for one in state)
+        if not (first.element.signed or first.zero_point):
+            raise SpellingError(f"a first moment has both signs, so state wants a signed format for it, got {first}.")
+        return f"{first}@{second}"
     if "@" in state:
         return scheme_of(state.split("@"))
     first = Format.parse(state)
     name = UNSIGNED.get(first.element.name)
-    second = str(first).replace(first.element.name, name, 1) if name else str(first)
-    return f"{first}@{second}"
+    return scheme_of((state, str(first).replace(first.element.name, name, 1) if name else str(first)))
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)  # what most are: a look for an attribute that is not there takes longer
@@ -60,6 +61,11 @@ _PLAIN = (Tensor, torch.nn.Parameter)  # what most are: a look for an attribute 
 def is_dtensor(x: Any) -> bool:
     """Whether x is a DTensor; torch.distributed.tensor is not imported to find out."""
     return type(x) not in _PLAIN and hasattr(x, "_local_tensor") and hasattr(x, "placements")
+
+
+def is_shard(placement: Any) -> bool:
+    """Whether a placement cuts an axis: Shard, or the strided one of FSDP2 over tensor parallelism, which does not say so."""
+    return placement.is_shard() or hasattr(placement, "split_factor")
 
 
 def local(x: Tensor) -> Tensor:
@@ -108,8 +114,8 @@ def _why_not_rows(param: Tensor, formats: Sequence[Format]) -> str:
     shape = list(param.shape)
     if is_dtensor(param):
         for placement, size in zip(param.placements, param.device_mesh.shape, strict=True):
-            dim = getattr(placement, "dim", None)
-            if dim is not None and placement.is_shard():
+            if is_shard(placement):
+                dim = placement.dim
                 if shape[dim] % size and dim >= len(shape) - 1:
                     return f"wants {size} equal shards of the last axis, got {shape[dim]}"
                 shape[dim] = -(-shape[dim] // size)
@@ -161,12 +167,15 @@ def packed_of(state: Tensor) -> Packed:
     return held.packed if isinstance(held, QTensor) else {"qdata": held}
 
 
+def is_kept_as(state: Tensor, fmt: Format | None, shape: tuple[int, ...]) -> bool:
+    """Whether a state is in a format (None: float32), quantized in this shape."""
+    held = local(state)
+    if fmt is None or fmt.is_identity:
+        return not isinstance(held, QTensor) and held.dtype == (torch.float32 if fmt is None else fmt.element.native)
+    return isinstance(held, QTensor) and str(held.format) == str(fmt) and held.spec.shape == tuple(shape)
+
+
 def floats(state: Tensor) -> Tensor:
     """The float32 values of a state on this rank, in its shape."""
     held = local(state)
     return held.dequantize(torch.float32) if isinstance(held, QTensor) else held.to(torch.float32)
-
-
-def nbytes(state: Tensor) -> int:
-    """Bytes that a state occupies on this rank."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in packed_of(state).values())

@@ -369,6 +369,27 @@ def _cat_one(name: str, tensors: list[Tensor], empty: Tensor, axis: int) -> Tens
     )
 
 
+@rule(aten.constant_pad_nd.default)
+def _pad(func: Any, args: Any, kwargs: Any) -> QTensor:
+    """Rows of zeros behind the others, where shards are not equal."""
+    x, pad = args[:2]
+    value = args[2] if len(args) > 2 else kwargs.get("value", 0)
+    if value or len(pad) != 2 * x.dim() or any(pad[:-1]) or pad[-1] < 0:
+        raise TensorRuleError(
+            f"pad wants rows of zeros behind {x!r}, got {tuple(pad)} and {value}: dequantize() it first."
+        )
+    rows = _new(aten.new_zeros.default, (x, (pad[-1], *x.shape[1:])), {})
+    one, more = (tensor_shapes(x.format, (n, *x.shape[1:])) for n in (x.shape[0], x.shape[0] + pad[-1]))
+    for name in rows.packed:
+        if one[name] == more[name]:  # serves all rows
+            rows.packed[name].copy_(x.packed[name])
+            if name == "zero_point":
+                raise TensorRuleError(
+                    f"pad wants a zero point for each row, got one for all of {x!r}: dequantize() it first."
+                )
+    return _cat(aten.cat.default, ([x, rows],), {})
+
+
 @rule(aten.stack.default)
 def _stack(func: Any, args: Any, kwargs: Any) -> QTensor:
     dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
@@ -545,37 +566,3 @@ def _embedding(func: Any, args: Any, kwargs: Any) -> Tensor:
 def _convolution(func: Any, args: Any, kwargs: Any) -> Tensor:
     x, w, *rest = args
     return func(x, w.dequantize(x.dtype), *rest)  # a convolution reads its weight as floats: the saving is in memory
-
-
-# -- between processes ------------------------------------------------------------------------------------------------
-
-
-def _communicate() -> None:
-    """Rules for the collectives that DTensor uses to place a parameter: each packed tensor travels as bytes."""
-    if not torch.distributed.is_available():
-        return
-    c10d = torch.ops.c10d
-
-    def each(tensors: Any, name: str) -> Any:
-        if isinstance(tensors, (list, tuple)):
-            return [each(tensor, name) for tensor in tensors]
-        # A cut across K shows contiguous strides, its packed tensors do not: a pack that is written to is always contiguous.
-        inner = tensors.packed[name].contiguous()
-        return inner.view(torch.uint8) if inner.dim() else inner
-
-    @rule(c10d.scatter_.default, c10d.broadcast_.default, c10d.allgather_.default)
-    def collective(func: Any, args: Any, kwargs: Any) -> Any:
-        first = args[0][0]
-        names = (first[0] if isinstance(first, (list, tuple)) else first).packed
-        tensors = 1 if func is c10d.broadcast_.default else 2
-        # Always asynchronous: a synchronous NCCL collective returns a null Work, and waiting for it is a crash. Who asked
-        # for a synchronous one waits for the Work that is returned (torch.distributed.distributed_c10d).
-        is_async = [str(argument.type) for argument in func._schema.arguments].index("bool")
-        rest = [*args[tensors:is_async], True, *args[is_async + 1 :]]
-        works = [func(*(each(arg, name) for arg in args[:tensors]), *rest, **kwargs)[-1] for name in names]
-        for work in works[:-1]:
-            work.wait()
-        return (args[0], works[-1])
-
-
-_communicate()

@@ -3,10 +3,11 @@
 A program takes a tile of one parameter: it reads param, gradient, codes and scales, decodes, updates in float32, finds each
 block's new scale, encodes, and writes. Which tile stands in two tables on the device:
 
-    work   (programs, 2)   int32    the parameter, the tile in it                      made once for a list of sizes
-    table  (parameters, F) int64    pointers of param, gradient, codes and scales; elements; key      sent again when one moves
+    work   (programs, 2)   int32    the parameter, the tile in it                             made once for a list of slots
+    table  (parameters, F) int64    pointers of param, gradient, codes, scales; elements, key, start     made for gradients
 
-so a thousand parameters are one launch, and one short copy where their gradients have moved.
+so a thousand parameters are one launch, and one short copy where their gradients have moved. A table is never written again: a
+graph that was captured, or another stream, may still read it.
 
 What makes it cheap:
   - A codebook is decoded by one look-up among its values and encoded by one look-up among its buckets (`numerics/buckets.py`),
@@ -25,7 +26,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from .rounding import TINY, at_least, bits_of, encode_float, float_of, to_bf16, 
 
 _NO_FMA = tl.constexpr(interpreted())
 FLOAT, CODEBOOK, NATIVE, ARITHMETIC = 0, 1, 2, 3  # how a state is coded; the two last are small floats
-_FIELDS = 10  # of a row of the table
+_FIELDS = tl.constexpr(11)  # of a row of the table
 _WARPS = 8
 _LARGEST_BLOCK = 2048
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -194,7 +195,9 @@ def _noisy(x, first, key, seed, step, N: tl.constexpr):
     group = first // 8 + tl.arange(0, N // 8)
     low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
-    a, b, c, d = tl.philox((step.to(tl.int64) << 32) | seed, low, high, zero + key.to(tl.uint32), zero, 7)
+    a, b, c, d = tl.philox(
+        (step.to(tl.int64) << 32) | (seed.to(tl.int64) & 0xFFFFFFFF), low, high, zero + key.to(tl.uint32), zero, 7
+    )
     words = tl.join(tl.join(a, b), tl.join(c, d))  # in memory a, c, b, d
     drawn = tl.join(words & 0xFFFF, words >> 16).reshape((N,)).to(tl.int32)
     bits = bits_of(x)
@@ -227,20 +230,20 @@ def _moved(p, direction, decay, rate):
         "rate",
         "root",
         "first",
-        "step",
         "beta1",
         "keep1",
         "beta2",
         "keep2",
         "eps",
         "weight_decay",
+        "step",
         "seed",
     ],
     do_not_specialize_on_alignment=["scale_ptr", "found_ptr", "numbers_ptr"],
 )
 def _update_kernel(
     table_ptr, work_ptr, values0_ptr, words0_ptr, values1_ptr, words1_ptr, numbers_ptr, scale_ptr, found_ptr,
-    decay, rate, root, first, step, beta1, keep1, beta2, keep2, eps, weight_decay, seed,
+    decay, rate, root, first, beta1, keep1, beta2, keep2, eps, weight_decay, step, seed,
     RULE: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, N: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     ALIGNED: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, COUPLED: tl.constexpr, NESTEROV: tl.constexpr,
     NOISE: tl.constexpr, NUMBERS: tl.constexpr, SCALED: tl.constexpr, FOUND: tl.constexpr,
@@ -261,7 +264,7 @@ def _update_kernel(
     if NUMBERS:
         decay, rate, root = tl.load(numbers_ptr), tl.load(numbers_ptr + 1), tl.load(numbers_ptr + 2)
         first, step = tl.load(numbers_ptr + 3), tl.load(numbers_ptr + 4).to(tl.int32)
-    row_ptr = table_ptr + tl.load(work_ptr + tl.program_id(0) * 2).to(tl.int64) * 10
+    row_ptr = table_ptr + tl.load(work_ptr + tl.program_id(0) * 2).to(tl.int64) * _FIELDS
     tile = tl.load(work_ptr + tl.program_id(0) * 2 + 1).to(tl.int64)
     count = tl.load(row_ptr + 8)
     if ALIGNED:
@@ -313,7 +316,7 @@ def _update_kernel(
         LOWEST0, LARGEST0, INVERSE0, REST0, W, block,
     )  # fmt: skip
     if NOISE:
-        noisy = _noisy(p, tile * N, tl.load(row_ptr + 9), seed, step, N)
+        noisy = _noisy(p, tile * N + tl.load(row_ptr + 10), tl.load(row_ptr + 9), seed, step, N)
         tl.store(p_ptr + at, noisy.to(tl.bfloat16, bitcast=True), mask=mask)
     else:
         _store(p_ptr, p, at, mask)
@@ -356,69 +359,101 @@ def _tables(spelling: str, device: torch.device) -> tuple[Tensor | None, Tensor 
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Plan:
-    """The tables of a list of slots, and what of them is known when the kernel is compiled."""
+class Table:
+    """Where parameters, states and gradients lie, on the device; for one stream, or for one graph that was captured.
 
-    slots: list[weakref.ref[Slot]]
-    grads: list[int]
-    table: Tensor
+    Args:
+        made_for: the stream and the addresses of the gradients. host: what the device's table is copied from, by a graph at each
+            replay. aligned: all of it at multiples of 16 bytes.
+    """
+
+    made_for: tuple[int, tuple[int, ...]]
     host: Tensor
-    work: Tensor
+    device: Tensor
     aligned: bool
 
 
-_PLANS: dict[int, Plan] = {}  # by the identity of the first slot, as long as that lives
+@dataclass(kw_only=True, eq=False)
+class Plan:
+    """What is known of a list of slots: rows of the table without gradients, work, and the tables in use."""
+
+    slots: list[weakref.ref[Slot]]
+    rows: Tensor
+    work: Tensor
+    aligned: bool
+    table: Table | None = None
+    captured: list[Table] = field(default_factory=list)
 
 
-def _host(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+_PLANS: weakref.WeakKeyDictionary[Slot, Plan] = weakref.WeakKeyDictionary()  # by the first slot, as long as that lives
+
+
+def _host(values: Tensor, device: torch.device) -> Tensor:
     """A tensor on the host, in memory from which a GPU copies on its own time."""
-    made = torch.tensor(values, dtype=dtype)
-    return made.pin_memory() if device.type == "cuda" else made
+    return values.pin_memory() if device.type == "cuda" else values
 
 
-def _plan(slots: Sequence[Slot], grads: Sequence[Tensor], tile: int) -> Plan:
-    pointers = [grad.data_ptr() for grad in grads]
-    key = id(slots[0])
-    found = _PLANS.get(key)
-    if found is not None and len(found.slots) == len(slots) and all(map(_is, found.slots, slots)):
-        if found.grads == pointers:
-            return found
-        host = found.host.clone() if found.host.device.type == "cpu" else found.host
-        host = host.pin_memory() if found.table.device.type == "cuda" else host
-        host[:, 1] = torch.tensor(pointers, dtype=torch.int64)
-        found.table.copy_(host, non_blocking=True)
-        aligned = found.aligned and all(pointer % 16 == 0 for pointer in pointers)
-        made = Plan(slots=found.slots, grads=pointers, table=found.table, host=host, work=found.work, aligned=aligned)
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _stream(device: torch.device) -> int:
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def _plan(slots: Sequence[Slot], tile: int) -> Plan:
+    plan = _PLANS.get(slots[0])
+    if plan is None or len(plan.slots) != len(slots) or not all(map(_is, plan.slots, slots)):
+        plan = _PLANS[slots[0]] = _made(slots, tile)
+    return plan
+
+
+def _table(plan: Plan, grads: Sequence[Tensor]) -> Table:
+    device = plan.work.device
+    made_for = _stream(device), tuple(grad.data_ptr() for grad in grads)
+    capturing, known = _capturing(device), plan.table
+    if known is not None and known.made_for[1] == made_for[1] and (capturing or known.made_for[0] == made_for[0]):
+        if capturing:  # all streams have been waited for before
+            plan.captured.append(known)
+        return known
+    rows = plan.rows.clone()
+    rows[:, 1] = torch.tensor(made_for[1], dtype=torch.int64)
+    host = _host(rows, device)
+    aligned = plan.aligned and all(pointer % 16 == 0 for pointer in made_for[1])
+    table = Table(made_for=made_for, host=host, device=host.to(device, non_blocking=True), aligned=aligned)
+    if capturing:
+        plan.captured.append(table)
     else:
-        made = _made(slots, pointers, tile)
-        if found is None:
-            weakref.finalize(slots[0], _PLANS.pop, key, None)
-    _PLANS[key] = made
-    return made
+        plan.table = table
+    return table
 
 
 def _is(held: weakref.ref[Slot], slot: Slot) -> bool:
     return held() is slot
 
 
-def _made(slots: Sequence[Slot], pointers: list[int], tile: int) -> Plan:
+def _made(slots: Sequence[Slot], tile: int) -> Plan:
     device = slots[0].param.device
-    rows, work, aligned = [], [], True
-    for i, (slot, grad) in enumerate(zip(slots, pointers, strict=True)):
+    rows, aligned = [], True
+    for slot in slots:
         states = [
             packed[name].data_ptr() if name in packed else 0 for packed in slot.states for name in ("qdata", "scale")
         ]
         states += [0] * (6 - len(states))
         count = slot.param.numel()
-        row = [slot.param.data_ptr(), grad, *states, count, slot.key]
+        row = [slot.param.data_ptr(), 0, *states, count, slot.key, slot.start]
         rows.append(row)
-        aligned &= count % 16 == 0 and all(pointer % 16 == 0 for pointer in (*row[:3], row[4], row[6]))
-        work += [(i, j) for j in range(-(-count // tile))]
-    host = _host(rows, torch.int64, device)
-    table = host.to(device, non_blocking=True).clone() if device.type == "cpu" else host.to(device, non_blocking=True)
-    made = _host(work or [(0, 0)], torch.int32, device).to(device, non_blocking=True)
-    refs = [weakref.ref(slot) for slot in slots]
-    return Plan(slots=refs, grads=pointers, table=table, host=host, work=made[: len(work)], aligned=aligned)
+        aligned &= count % 16 == 0 and all(pointer % 16 == 0 for pointer in (row[0], row[2], row[4], row[6]))
+    tiles = torch.tensor([-(-slot.param.numel() // tile) for slot in slots])
+    which = torch.repeat_interleave(torch.arange(len(slots)), tiles)
+    first = torch.repeat_interleave(tiles.cumsum(0) - tiles, tiles)
+    work = torch.stack((which, torch.arange(len(which)) - first), dim=1).to(torch.int32)
+    return Plan(
+        slots=[weakref.ref(slot) for slot in slots],
+        rows=torch.tensor(rows, dtype=torch.int64),
+        work=_host(work, device).to(device, non_blocking=True),
+        aligned=aligned,
+    )
 
 
 def _tile(formats: Sequence[Format]) -> int:
@@ -438,9 +473,10 @@ def _run(
     formats = formats_of(slots[0].scheme)
     group = max(map(_block, formats[: 2 if rule == 0 else 1])) or 256
     tile = _tile(formats)
-    plan, slot, grad = _plan(slots, grads, tile), slots[0], grads[0]
+    plan, slot, grad = _plan(slots, tile), slots[0], grads[0]
     if not len(plan.work):
         return
+    table = _table(plan, grads)
     device, s = slot.param.device, settings
     sm = device_capability(device.type, device.index)
     first, second = str(formats[0]), str(formats[1]) if rule == 0 else "fp32"
@@ -449,18 +485,22 @@ def _run(
     )
     coupled = s.weight_decay != 0 and not s.decoupled
     constants = (
-        rule, _TYPES[slot.param.dtype], _TYPES[grad.dtype], tile, group, (4 if four else 8) if plan.aligned else 1, plan.aligned,
-        s.amsgrad and rule == 0, s.maximize, coupled, s.nesterov, s.seed is not None and slot.param.dtype == torch.bfloat16,
+        rule, _TYPES[slot.param.dtype], _TYPES[grad.dtype], tile, group, (4 if four else 8) if table.aligned else 1,
+        table.aligned, s.amsgrad and rule == 0, s.maximize, coupled, s.nesterov,
+        s.seed is not None and slot.param.dtype == torch.bfloat16,
         isinstance(numbers, Tensor), grad_scale is not None, found_inf is not None,
     )  # fmt: skip
-    tensors = (plan.table, plan.work, *_tables(first, device), *_tables(second, device))
+    tensors = (table.device, plan.work, *_tables(first, device), *_tables(second, device))
     host = (
         numbers if isinstance(numbers, Coefficients) else Coefficients(decay=0.0, rate=0.0, root=0.0, first=0.0, step=0)
     )
-    scalars = (
-        host.decay, host.rate, host.root, host.first, host.step, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.eps,
-        s.weight_decay, s.seed or 0,
+    floats = (
+        host.decay, host.rate, host.root, host.first, s.beta1, 1 - s.beta1, s.beta2, 1 - s.beta2, s.eps, s.weight_decay,
     )  # fmt: skip
+    seed = (s.seed or 0) & 0xFFFFFFFF
+    # One type for each, whatever was given: the compiled kernel is found by a key that does not hold them. So the seed's 32 bits
+    # go as a signed number.
+    scalars = (*map(float, floats), int(host.step), seed - (seed >> 31 << 32))
     optional = (numbers if isinstance(numbers, Tensor) else None, grad_scale, found_inf)
     key = ("update", constants, first, second, device, tuple(x if x is None else x.dtype for x in optional))
     args = (*tensors, *optional, *scalars)
