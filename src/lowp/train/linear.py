@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import MisfitError
 from ..ops.cast import cast_both, cast_turned
@@ -62,6 +63,11 @@ def linear(
         )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if isinstance(weight, QTensor) and weight.scheme != recipe.operands.w_row:
+        raise MisfitError(
+            f"{recipe.name} wants a weight in floats or in {recipe.operands.w_row}, got {weight.scheme}: call "
+            "lowp.train.revert(model) before lowp.quantize_, and give tied weights one recipe."
+        )
     has = "codes by row" if isinstance(weight, QTensor) else "codes" if codes and recipe.operands.w_column else "floats"
     codes = tuple(weight.parts().tensors().values()) if isinstance(weight, QTensor) else codes
     y = _Linear.apply(x, weight, recipe, recipe.operands, has, torch.is_grad_enabled(), *codes)
@@ -96,6 +102,7 @@ class _Linear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view.default(y_MN, [*x.shape[:-1], y_MN.shape[1]])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         recipe, of, g_MN = ctx.recipe, ctx.of, g.reshape(-1, g.shape[-1])
         need_x, need_w = ctx.needs_input_grad[:2]
@@ -109,8 +116,8 @@ class _Linear(torch.autograd.Function):
             w_column = _by_column(kept_w, of, ctx.has, g_MN.dtype)
             dx = multiply(g_parts[:n_g] or [g_MN], w_column, recipe.grad_input, g_MN.dtype).view(ctx.shape)
         if need_w:
-            g_T = g_parts[n_g:] or [_filled(g_MN, of).t()]
-            x_T = kept_x if of.x_column else [_filled(kept_x[0], of).t()]
+            g_T = g_parts[n_g:] or [filled(g_MN, of).t()]
+            x_T = kept_x if of.x_column else [filled(kept_x[0], of).t()]
             dw = multiply(g_T, x_T, recipe.grad_weight, g_MN.dtype).to(ctx.w_dtype)
         return (dx, dw, None, None, None, None, *(None for _ in ctx.needs_input_grad[6:]))
 
@@ -135,7 +142,7 @@ def _cast(
     return cast_both(x.detach(), rows, columns, act_scale=act_scale, multiple=multiple, stochastic=stochastic)
 
 
-def _filled(x_MK: Tensor, of: Operands) -> Tensor:
+def filled(x_MK: Tensor, of: Operands) -> Tensor:
     """Rows of zeros below a float, where the other operand of its product has them."""
     if of.x_column is None and of.g_column is None:
         return x_MK

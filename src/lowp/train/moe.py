@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ..errors import MisfitError
@@ -70,6 +71,7 @@ class _Grouped(torch.autograd.Function):
         return grouped_product(x_row, _stack(w_ENK, str(of.w_row)), offs, recipe.output, x_TK.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g_TN: Tensor) -> Any:  # type: ignore[override]
         recipe, of = ctx.recipe, ctx.recipe.operands
         offs, w_ENK, *kept = ctx.saved_tensors

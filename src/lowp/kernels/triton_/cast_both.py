@@ -282,8 +282,9 @@ def _amaxes(x_MK: Tensor, forms: list[_Form | None], side: int, grid: tuple[int,
     if not any(who):
         return x_MK, x_MK
     sizes = [{_ROW: length, _TENSOR: 1}.get(one, 0) for one, length in zip(who, x_MK.shape, strict=True)]
-    both = torch.zeros(sum(sizes), dtype=torch.int32, device=x_MK.device)
-    of_rows, of_columns = both.split(sizes)
+    start = -(-sizes[0] // 4) * 4  # at a multiple of 16 bytes, as a compiled kernel was told that pointers are
+    both = torch.zeros(start + sizes[1], dtype=torch.int32, device=x_MK.device)
+    of_rows, of_columns = both[: sizes[0]], both[start:]
     if who == [_TENSOR, _TENSOR]:
         of_columns = of_rows
     key = ("amaxes", tuple(who), side, x_MK.dtype, aligned(x_MK), x_MK.stride(0) % 16 == 0, x_MK.device.index)
@@ -307,6 +308,9 @@ def _why_not(case: Case) -> str:
     squares = {block for block in blocks if "x" in block and not block.startswith("1x")}
     if len(squares) > 1 or (squares and "tensor" in blocks):
         return f"wants squares of one size, and no scale for the tensor beside them, got {case.scheme}"
+    sides = [int(block.partition("x")[2]) for block in blocks if "x" in block]
+    if squares and int(min(squares).partition("x")[0]) < max(sides):
+        return f"wants squares that hold the blocks beside them, got {case.scheme}"
     return "" if case.shape[-1] % 16 == 0 else f"wants K in multiples of 16, got {case.shape[-1]}"
 
 
