@@ -155,6 +155,28 @@ def split_by_recipes_of_your_own(rank, device, mesh):
     assert not torch.equal(*found), "rounded at random"
 
 
+def layouts(rank, device, mesh):
+    """torchao's styles give what they are asked for, a split layer takes a DTensor of any placement, and a copy of it works."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from lowp.torchao.float8_training import Float8ColwiseParallel, Float8RowwiseParallel
+
+    up = Float8ColwiseParallel(output_layouts=Replicate(), use_local_output=False)
+    down = Float8RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
+    model, alone = build("mxfp8", device, torch.float32)
+    parallelize_module(model, mesh, {"0": up, "2": down})
+    x = torch.randn(2, 64, 256, device=device)
+    y, expected = copy.deepcopy(model)[0](x), alone[0](x)
+    assert y.placements == (Replicate(),) and y.shape == expected.shape
+    assert relative_error(expected, y.to_local()) < 1e-5
+    y, expected = model(DTensor.from_local(x.chunk(2, 1)[rank], mesh, [Shard(1)])), alone(x)
+    assert y.placements == (Shard(1),) and relative_error(expected, y.full_tensor()) < 1e-5
+    y.square().mean().backward(), expected.square().mean().backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert relative_error(q.grad, p.grad.full_tensor()) < 1e-5
+
+
 def split_and_sharded(device, mesh):
     """A split layer is gathered in floats, and that is said."""
     from torch.distributed.tensor.parallel import parallelize_module
@@ -169,6 +191,7 @@ def tensor_parallel(rank, device, mesh):
 
     world = mesh.size()
     split_and_sharded(device, mesh)
+    layouts(rank, device, mesh)
     split_by_recipes_of_your_own(rank, device, mesh)
     for sequence in (False, True):
         for name in RECIPES:

@@ -11,7 +11,7 @@ from lowp.errors import MisfitError, SpellingError
 from lowp.numerics import Scheme, fake_quantize
 from lowp.numerics.compare import relative_error
 from lowp.tensor import QTensor
-from lowp.train import RECIPES, Linear, Recipe, cached_weights, convert, linear
+from lowp.train import RECIPES, Linear, Recipe, cached_weights, convert, gather_codes, linear
 from lowp.train.linear import weight_codes
 from lowp.train.recipes import recipe_of
 
@@ -179,6 +179,15 @@ def test_a_weight_that_changes_inside_of_the_cache_is_said():
         model[0].weight.data.add_(1)
         with torch.no_grad():
             model[0].weight.add_(1)
+    with pytest.raises(MisfitError, match="0 changed: step the optimizer after the block"), cached_weights(model):
+        model[0].weight.data = torch.zeros(32, 32)
+
+
+def test_weights_that_cannot_be_cached_are_said():
+    model = nn.Sequential(Linear(32, 32), Linear(32, 32))
+    gather_codes(nn.Sequential(model[1]))
+    with pytest.warns(UserWarning, match="wants plain weights, 1 are sharded or split .1.:"), cached_weights(model):
+        assert model[0].codes and not model[1].codes
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,6 +16,7 @@ Legend: M tokens, N output channels, K input channels.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -192,6 +193,8 @@ def weight_codes(weight: Tensor, recipe: str | Recipe) -> tuple[Tensor, ...]:
 def cached_weights(model: nn.Module) -> Iterator[None]:
     """Inside, every weight of the model is cast once, for all microbatches of a step; the optimizer steps outside.
 
+    Weights that are sharded or split are left alone, with a warning: a rank has no whole one to cast.
+
     It costs a byte an element for each form (two for float8), and saves two casts a microbatch.
 
     Raises:
@@ -200,10 +203,15 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     >>> with cached_weights(Linear(32, 32)):
     ...     pass
     """
-    layers = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, Linear) and type(m.weight) is nn.Parameter
-    ]
-    versions = [layer.weight._version for _, layer in layers]
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
+    layers = [(name, m) for name, m in found if type(m.weight) is nn.Parameter]
+    if left := [name for name, m in found if type(m.weight) is not nn.Parameter]:
+        warnings.warn(
+            f"cached_weights wants plain weights, {len(left)} are sharded or split ({', '.join(left[:5])}): they are cast for each "
+            "microbatch.",
+            stacklevel=3,
+        )
+    states = [_state(layer.weight) for _, layer in layers]
     try:
         for _, layer in layers:
             layer.codes = weight_codes(layer.weight, layer.recipe)
@@ -211,9 +219,14 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for _, layer in layers:
             layer.codes = ()
-    stale = [name for (name, layer), before in zip(layers, versions, strict=True) if layer.weight._version != before]
+    stale = [name for (name, layer), before in zip(layers, states, strict=True) if _state(layer.weight) != before]
     if stale:
         raise MisfitError(
             f"cached_weights wants weights that stay as they are inside, {', '.join(stale[:5])} changed: "
             "step the optimizer after the block."
         )
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Another one, if the numbers were written to or replaced."""
+    return weight._version, weight.data_ptr()

@@ -11,7 +11,7 @@ ever. A scale of the whole tensor is agreed on by an all-reduce of one number.
     parallelize_module(model, mesh, {"up": ColwiseParallel(sequence=True), "down": RowwiseParallel(sequence=True)})
 
 The parameter becomes a DTensor, as with torch's styles of the same names. Tokens are split along the axis before the last, and
-a rank gets and gives plain local tensors.
+a rank gets and gives plain local tensors; a DTensor is laid out as the layer wants it.
 
 Source: Korthikanti et al., "Reducing activation recomputation in large transformer models", arXiv 2205.05198, section 4.2.2.
 
@@ -44,10 +44,23 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class _Split(NamedTuple):
     """How a layer is split: over which ranks, by output channels or input channels, and whether tokens are split beside."""
 
-    group: Any
+    mesh: Any
     ranks: int
     colwise: bool
     sequence: bool
+
+    @property
+    def group(self) -> Any:
+        """The mesh's, which a copy of the layer shares."""
+        return self.mesh.get_group()
+
+    def takes(self, x: Tensor) -> Any:
+        """How x lies on the ranks, as DTensor has it."""
+        return Shard(x.dim() - 1) if not self.colwise else Shard(x.dim() - 2) if self.sequence else Replicate()
+
+    def gives(self, y: Tensor) -> Any:
+        """How y does."""
+        return Shard(y.dim() - 1) if self.colwise else Shard(y.dim() - 2) if self.sequence else Replicate()
 
 
 class _Style(ParallelStyle):
@@ -79,7 +92,7 @@ class _Style(ParallelStyle):
             placement = Shard(0) if self.colwise else Replicate()
             bias = distribute_tensor(module.bias, device_mesh, [placement])
             module.bias = nn.Parameter(bias, requires_grad=module.bias.requires_grad)
-        module.split = _Split(device_mesh.get_group(), ranks, self.colwise, self.sequence)
+        module.split = _Split(device_mesh, ranks, self.colwise, self.sequence)
         return module
 
 
@@ -103,7 +116,7 @@ class RowwiseParallel(_Style):
 
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, split: _Split) -> Tensor:
     """The layer on one rank: local tensors in and out, the parameters DTensors."""
-    x = x.to_local() if isinstance(x, DTensor) else x
+    x = x.redistribute(placements=[split.takes(x)]).to_local() if isinstance(x, DTensor) else x
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weight = weight.to_local() if isinstance(weight, DTensor) else weight
