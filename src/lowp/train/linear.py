@@ -207,8 +207,8 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     layers = [(name, m) for name, m in found if type(m.weight) is nn.Parameter]
     if left := [name for name, m in found if type(m.weight) is not nn.Parameter]:
         warnings.warn(
-            f"cached_weights wants plain weights, {len(left)} are sharded or split ({', '.join(left[:5])}): they are cast for each "
-            "microbatch.",
+            f"cached_weights wants plain weights, {len(left)} are sharded or split ({', '.join(left[:5])}): they are cast "
+            "in each microbatch.",
             stacklevel=3,
         )
     states = [_state(layer.weight) for _, layer in layers]

@@ -43,7 +43,7 @@ def _square(x_ptr, M, K, x_stride, S: tl.constexpr):
     return x, m, k
 
 
-@triton.jit(do_not_specialize=["M", "x_stride"])
+@triton.jit(do_not_specialize=["M"])
 def _amaxes_kernel(
     x_ptr, row_ptr, column_ptr, M, K, x_stride, S: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _coded(
     return code, stored
 
 
-@triton.jit(do_not_specialize=["M", "MP", "x_stride", "seed"])
+@triton.jit(do_not_specialize=["M", "seed"])
 def _both_kernel(
     x_ptr, given_ptr, row_ptr, column_ptr, r_ptr, rs_ptr, c_ptr, cs_ptr, M, K, MP, x_stride, seed, S: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RWHO: tl.constexpr, RG: tl.constexpr, CWHO: tl.constexpr, CG: tl.constexpr,
@@ -249,7 +249,7 @@ def _run(
     args = (x_MK, act_scale, *amaxes, *pointers, tokens, width, height, x_MK.stride(0), seed)
     static, random = act_scale is not None, stochastic
     key = (
-        "both", rows, columns, side, static, random, x_MK.dtype, aligned(x_MK), x_MK.stride(0) % 16 == 0,
+        "both", rows, columns, side, static, random, x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), _seen(height),
         None if act_scale is None else act_scale.dtype, device.index,
     )  # fmt: skip
 
@@ -267,6 +267,11 @@ def _run(
         if form is not None and pair is not None
         for tensor, dtype in zip(pair, (form.fmt.element.dtype, form.scale), strict=True)
     ]
+
+
+def _seen(size: int) -> int:
+    """What Triton specializes an integer for: 1, a multiple of 16 (of rows: words of 16 bytes are moved), or neither."""
+    return 1 if size == 1 else 16 if size % 16 == 0 else 0
 
 
 def _empty(form: _Form, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -287,7 +292,7 @@ def _amaxes(x_MK: Tensor, forms: list[_Form | None], side: int, grid: tuple[int,
     of_rows, of_columns = both[: sizes[0]], both[start:]
     if who == [_TENSOR, _TENSOR]:
         of_columns = of_rows
-    key = ("amaxes", tuple(who), side, x_MK.dtype, aligned(x_MK), x_MK.stride(0) % 16 == 0, x_MK.device.index)
+    key = ("amaxes", tuple(who), side, x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), x_MK.device.index)
     args = (x_MK, of_rows, of_columns, *x_MK.shape, x_MK.stride(0))
     launch(_amaxes_kernel, key, grid, args, lambda: (side, *who), x_MK.device, 8 if side > 64 else 4)
     return of_rows, of_columns
