@@ -37,11 +37,18 @@ def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
             signature[name], values[(i,)] = "constexpr", value
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if isinstance(value, int) and value % 16 == 0 and not kernel.params[i].do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, launch_pdl=True)
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     print(kernel.__name__, ptx.count("griddepcontrol.wait"), ptx.count("griddepcontrol.launch_dependents"),
           len(MEMORY.findall(ptx.partition("griddepcontrol.wait")[0])), len(MEMORY.findall(ptx)) > 0)
+    if kernel.__name__ in ("_both_kernel", "_amaxes_kernel"):
+        found = re.findall(r"(ld|st)\\.global(?:\\.\\w+)*?(\\.v[248])?\\.b(\\d+)", ptx)
+        widest = [max([int(width[2:] or 1) * int(bits) for op, width, bits in found if op == which], default=0)
+                  for which in ("ld", "st")]
+        print("bits", kernel.__name__, *widest)
 
 
 launch._first = compiled
@@ -77,7 +84,7 @@ def test_no_kernel_touches_memory_before_it_waits(tmp_path):
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
-    lines = run.stdout.splitlines()
+    lines = [line for line in run.stdout.splitlines() if not line.startswith("bits")]
     kernels = {
         "_amax_kernel",
         "_cast_kernel",
@@ -93,3 +100,5 @@ def test_no_kernel_touches_memory_before_it_waits(tmp_path):
     }
     assert {line.split()[0] for line in lines} == kernels
     assert all(line.split()[1:] == ["1", "1", "0", "True"] for line in lines), lines
+    widths = {line for line in run.stdout.splitlines() if line.startswith("bits")}
+    assert widths == {"bits _amaxes_kernel 128 0", "bits _both_kernel 128 128"}, "matrices in words of 16 bytes"

@@ -60,6 +60,24 @@ def test_kernels_write_the_bytes_of_both_forms(kernel, case, device, poison):
 
 
 @pytest.mark.parametrize("kernel", [k for k in kernels_of("cast_both") if not k.fallback], ids=lambda k: k.name)
+def test_squares_smaller_than_a_block_beside_them_are_refused(kernel):
+    case = case_of("e4m3/32x32", "e4m3/1x128", torch.empty(0, 256, dtype=torch.bfloat16))
+    assert "squares that hold the blocks" in kernel.why_not(case)
+    assert not kernel.why_not(case_of("e4m3/64x64", "e4m3/1x32", torch.empty(0, 256, dtype=torch.bfloat16)))
+
+
+@pytest.mark.parametrize("height", [1, 17, 33, 64])
+def test_magnitudes_begin_where_a_compiled_kernel_expects_them(height, device):
+    cast_both_module = pytest.importorskip("lowp.kernels.triton_.cast_both", reason="needs Triton")
+    forms = [cast_both_module._form("e4m3/row", 90)] * 2
+    x = torch.randn(height, 64, device=device)
+    made = cast_both_module._amaxes(x, forms, 64, (1, -(-height // 64), 1))
+    assert [t.data_ptr() % 16 for t in made] == [0, 0]
+    for t, axis in zip(made, (1, 0), strict=True):
+        assert torch.equal(t.view(torch.float32), x.abs().amax(axis))
+
+
+@pytest.mark.parametrize("kernel", [k for k in kernels_of("cast_both") if not k.fallback], ids=lambda k: k.name)
 def test_a_given_scale_and_views_and_lost_numbers(kernel, device, poison):
     scale = torch.full((), 0.013, device=device)
     x = torch.randn(48, 96, device=device, dtype=torch.bfloat16)[:, 16:80]

@@ -94,13 +94,23 @@ def test_their_filter():
 
 def test_their_scales_multiply():
     assert amax_to_scale(torch.tensor(0.0), torch.float8_e4m3fn).isfinite()
-    assert amax_to_scale(torch.tensor(6.0), torch.float8_e4m3fn, True) == 64
+    assert amax_to_scale(torch.tensor([6.0, 7.0]), torch.float8_e4m3fn, True).tolist() == [64, 64]
+    above = torch.nextafter(torch.tensor(7.0), torch.tensor(8.0))
+    assert amax_to_scale(above, torch.float8_e4m3fn, True) == 32, "times 64 it would be beyond 448"
     x = torch.randn(8, 16)
     scale = tensor_to_scale(x, torch.float8_e4m3fn, scaling_granularity=ScalingGranularity.AXISWISE, axiswise_dim=-1)
     assert scale.shape == (8, 1) and to_fp8_saturated(x * scale, torch.float8_e4m3fn).float().abs().max() == 448
     codes, scale = quantize_int8_rowwise(x)
     assert torch.equal(codes, (x / scale[:, None]).round().to(torch.int8)) and codes.abs().amax() == 127
     assert set(quantize_bitnet_weight(x, x.abs().mean()).flatten().tolist()) == {-1, 0, 1}
+
+
+def test_their_configuration_of_float8_training_is_read():
+    assert Float8TrainingOpConfig().recipe() == RECIPES["float8_rowwise"]
+    assert Float8TrainingOpConfig(float8_linear_recipe="tensorwise").recipe() == RECIPES["float8_tensorwise"]
+    for wrong in ({"float8_linear_recipe": "rowwise_with_gw_hp"}, {"float8_dtype": torch.float8_e5m2}):
+        with pytest.raises(MisfitError, match=f"wants {next(iter(wrong))} "):
+            Float8TrainingOpConfig(**wrong).recipe()
 
 
 @pytest.mark.parametrize(

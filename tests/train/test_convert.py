@@ -1,11 +1,13 @@
 """convert: which layers are trained in low precision, why the others are not, and that nothing else about a model changes."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from lowp.errors import MisfitError, SpellingError
-from lowp.train import RECIPES, Linear, convert, revert
+from lowp.train import RECIPES, Linear, convert, gather_codes, revert
 
 
 class Tied(nn.Module):
@@ -113,3 +115,45 @@ def test_errors():
     with pytest.raises(MisfitError, match=r"odd\.weight cannot be trained by int8: .*on_misfit='skip'"):
         convert(model, "int8", keep_small=False, on_misfit="error")
     assert not any(type(m) is Linear for m in model.modules()), "nothing is changed before everything fits"
+
+
+def test_a_rule_may_give_a_recipe_of_your_own():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    nearest = dataclasses.replace(RECIPES["int8"], stochastic=False)
+    mine = dataclasses.replace(RECIPES["int8"], name="mine")
+    report = convert(model, "int8", rules={"0": nearest, "1": mine}, keep_small=False)
+    assert [layer.recipe for layer in model] == [nearest, mine, RECIPES["int8"]]
+    assert [row.recipe for row in report.rows] == ["int8", "mine", "int8"]
+
+
+def test_what_is_no_linear_layer_is_listed_and_refused():
+    class Conv1D(nn.Module):  # as transformers has it
+        def __init__(self):
+            super().__init__()
+            self.nf, self.nx = 32, 32
+            self.weight, self.bias = nn.Parameter(torch.randn(32, 32)), nn.Parameter(torch.zeros(32))
+
+    model = nn.ModuleDict({"c": Conv1D(), "e": nn.Embedding(32, 32), "l": nn.Linear(32, 32), "k": nn.Conv2d(2, 2, 3)})
+    report = convert(model, "int8", rules={"e": "int8"}, keep_small=False)
+    rows = {row.fqn: (row.recipe, row.why) for row in report.rows}
+    assert rows["e.weight"] == (None, "skipped: Embedding is no nn.Linear.") and rows["l.weight"][0] == "int8"
+    assert rows["c.weight"] == (None, "skipped: Conv1D is no nn.Linear.") and "k.weight" not in rows
+    with pytest.raises(MisfitError, match=r"k\.weight cannot be trained by int8: Conv2d is no nn\.Linear"):
+        convert(model, "int8", rules={"k": "int8", "c": None}, on_misfit="error")
+
+
+def test_revert_undoes_subclasses_and_refuses_what_it_cannot_undo():
+    from lowp.torchao.float8_training import Float8Linear
+
+    class Sub(Linear):
+        pass
+
+    model = nn.Sequential(Float8Linear.from_float(nn.Linear(32, 32)), Sub(32, 32))
+    assert [type(layer) for layer in revert(model)] == [nn.Linear] * 2 and "recipe" not in vars(model[0])
+    convert(model, "float8_rowwise", keep_small=False)
+    gather_codes(model)
+    with pytest.raises(
+        MisfitError, match="revert wants layers whose weights are whole and plain, got 0, 1: call it before"
+    ):
+        revert(model)
+    assert type(model[0]) is Linear

@@ -1,7 +1,9 @@
 """Sharded training, 2 processes over gloo or on 2 GPUs: the numbers of one process, and how many bytes travel."""
 
 import copy
+import dataclasses
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowp.errors import MisfitError
 from lowp.numerics.compare import relative_error
-from lowp.train import RECIPES, convert, gather_codes, precompute_scales
+from lowp.train import RECIPES, Recipe, convert, gather_codes, precompute_scales
 from lowp.train.parallel import ColwiseParallel, RowwiseParallel
+from lowp.train.sharded import ShardedWeight
 
 HOUSE = Path(__file__).parents[1] / "tensor" / "test_distributed.py"
 EXACT = ("float8_tensorwise", "float8_rowwise", "float8_blockwise", "mxfp8")
@@ -122,11 +126,73 @@ def _count(name, wire, seed):
         assert len(wire.of("allreduce")) == (0 if seed else 4), "from the second step on scales were precomputed"
 
 
+def split_by_recipes_of_your_own(rank, device, mesh):
+    """One operand in floats, the other not: its rows of zeros, its rounding and its one scale for all ranks are kept."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    styles = (ColwiseParallel, RowwiseParallel)
+    for form, style in itertools.product(("int8/row", "e4m3/row", "e5m2/tensor"), styles):
+        for product in (f"{form}@{form}", f"bf16@{form}", form):
+            recipe = Recipe(name="mine", output="e4m3/row@e4m3/row", grad_input="", grad_weight=product)
+            model, alone = build(recipe, device, torch.float32)
+            parallelize_module(model, mesh, {"0": style()})
+            x = torch.randn(37, 256, device=device)
+            mine = x if style is ColwiseParallel else x.chunk(2, 1)[rank]
+            y, expected = model[0](mine), alone[0](x)
+            g = torch.randn_like(expected)
+            y.backward(g.chunk(2, 1)[rank] if style is ColwiseParallel else g)
+            expected.backward(g)
+            error = relative_error(alone[0].weight.grad, model[0].weight.grad.full_tensor())
+            assert error < 1e-5, (product, style, error)
+    recipe = dataclasses.replace(RECIPES["int8"], grad_input="")
+    model, _ = build(recipe, device, torch.float32)
+    parallelize_module(model, mesh, {"0": ColwiseParallel()})
+    x, g, found = torch.randn(64, 256, device=device), torch.randn(64, ROWS // 2, device=device), []
+    for _ in range(2):
+        model.zero_grad()
+        model[0](x).backward(g)
+        found.append(model[0].weight.grad.to_local().clone())
+    assert not torch.equal(*found), "rounded at random"
+
+
+def layouts(rank, device, mesh):
+    """torchao's styles give what they are asked for, a split layer takes a DTensor of any placement, and a copy of it works."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from lowp.torchao.float8_training import Float8ColwiseParallel, Float8RowwiseParallel
+
+    up = Float8ColwiseParallel(output_layouts=Replicate(), use_local_output=False)
+    down = Float8RowwiseParallel(output_layouts=Shard(1), use_local_output=False)
+    model, alone = build("mxfp8", device, torch.float32)
+    parallelize_module(model, mesh, {"0": up, "2": down})
+    x = torch.randn(2, 64, 256, device=device)
+    y, expected = copy.deepcopy(model)[0](x), alone[0](x)
+    assert y.placements == (Replicate(),) and y.shape == expected.shape
+    assert relative_error(expected, y.to_local()) < 1e-5
+    y, expected = model(DTensor.from_local(x.chunk(2, 1)[rank], mesh, [Shard(1)])), alone(x)
+    assert y.placements == (Shard(1),) and relative_error(expected, y.full_tensor()) < 1e-5
+    y.square().mean().backward(), expected.square().mean().backward()
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert relative_error(q.grad, p.grad.full_tensor()) < 1e-5
+
+
+def split_and_sharded(device, mesh):
+    """A split layer is gathered in floats, and that is said."""
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    model, _ = build("float8_rowwise", device)
+    parallelize_module(model, mesh, {"0": ColwiseParallel()})
+    assert "split over ranks already" in gather_codes(model)["0"] and isinstance(model[2].weight, ShardedWeight)
+
+
 def tensor_parallel(rank, device, mesh):
     from torch.distributed.tensor.parallel import parallelize_module
 
     world = mesh.size()
-    data_parallel(rank, device)
+    split_and_sharded(device, mesh)
+    layouts(rank, device, mesh)
+    split_by_recipes_of_your_own(rank, device, mesh)
     for sequence in (False, True):
         for name in RECIPES:
             model, alone = build(name, device, torch.float32)
@@ -154,7 +220,7 @@ def tensor_parallel(rank, device, mesh):
                 assert sum(wire.of("allgather")) == codes + (codes // 32 if name == "mxfp8" else 0)
 
 
-def data_parallel(rank, device):
+def data_parallel(rank, device, mesh):
     for name in ("float8_rowwise", "mxfp8"):
         model, alone = build(name, device)
         model = nn.parallel.DistributedDataParallel(model)
@@ -165,20 +231,104 @@ def data_parallel(rank, device):
         )
 
 
+def one_rank(rank, device, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    for name in EXACT:
+        model, alone = build(name, device)
+        gather_codes(model)
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        for seed in range(2):
+            x = torch.randn(64, 256, device=device, dtype=torch.bfloat16)
+            assert torch.equal(step(model, x, seed), step(alone, x, seed)), name
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(p.grad.full_tensor(), q.grad), name
+
+
+def checkpoints(rank, device, mesh):
+    """Saved, loaded into a sharded model and into one that never was; scales found before are not those of new numbers."""
+    import os
+    import tempfile
+
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    dist.broadcast_object_list(folder)
+    x = torch.randn(64, 256, device=device, dtype=torch.bfloat16)
+
+    def sharded(times):
+        model, alone = build("float8_tensorwise", device)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(times)
+        gather_codes(model)
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        precompute_scales(model)
+        return model, alone
+
+    first, alone = sharded(100)
+    with torch.no_grad():
+        for p in alone.parameters():
+            p.mul_(100)
+    dcp.save(first.state_dict(), checkpoint_id=os.path.join(folder[0], "model"))
+    second, plain = sharded(1)
+    second(x)
+    state = second.state_dict()
+    dcp.load(state, checkpoint_id=os.path.join(folder[0], "model"))
+    second.load_state_dict(state)
+    assert torch.equal(second(x), alone(x)), "the scales of the numbers before are not used"
+    state = plain.state_dict()
+    dcp.load(state, checkpoint_id=os.path.join(folder[0], "model"))
+    plain.load_state_dict(state)
+    assert torch.equal(plain(x), alone(x))
+    for foreach in (False, True):
+        precompute_scales(second)
+        optimizer = torch.optim.Adam(second.parameters(), lr=50.0, foreach=foreach)
+        second(x).square().mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for p, q in zip(second.parameters(), alone.parameters(), strict=True):
+                q.copy_(p.full_tensor())
+        assert torch.equal(second(x), alone(x)), foreach
+
+
 @pytest.mark.multi
-@pytest.mark.parametrize("what", ["fsdp", "tensor_parallel"])
-def test_two_processes(what, device):
+@pytest.mark.parametrize(
+    "what, world", [("fsdp", 2), ("tensor_parallel", 2), ("data_parallel", 2), ("checkpoints", 2), ("one_rank", 1)]
+)
+def test_processes(what, world, device):
     import socket
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(work, args=(2, port, what, device.type), nprocs=2)
+    mp.spawn(work, args=(world, port, what, device.type), nprocs=world)
 
 
-def test_styles_want_converted_layers():
-    from lowp.errors import MisfitError
-
+def test_styles_want_converted_layers_whose_weights_are_whole():
     with pytest.raises(MisfitError, match="convert first"):
         ColwiseParallel()._apply(nn.Linear(4, 4), None)
-    assert not dist.is_initialized()
+    model = nn.Sequential(nn.Linear(32, 32))
+    convert(model, "float8_rowwise", keep_small=False)
+    gather_codes(model)
+    with pytest.raises(MisfitError, match=r"got a ShardedWeight: split layers first, .* then call gather_codes"):
+        ColwiseParallel()._apply(model[0], None)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if RECIPES[name].operands.w_column])
+def test_a_file_holds_the_floats_of_a_sharded_weight(name, tmp_path):
+    model, plain = build(name, "cpu")
+    gather_codes(model)
+    floats = copy.deepcopy(plain).state_dict()
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(type(t) is torch.Tensor and torch.equal(t, floats[key]) for key, t in state.items())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    model.load_state_dict(state)
+    x = torch.randn(64, 256, dtype=torch.bfloat16)
+    assert torch.equal(step(model, x, 0), step(plain, x, 0)) and type(model[0].weight) is ShardedWeight

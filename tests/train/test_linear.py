@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lowp.errors import MisfitError, SpellingError
-from lowp.numerics import Format, Scheme, fake_quantize
+from lowp.numerics import Scheme, fake_quantize
 from lowp.numerics.compare import relative_error
-from lowp.train import RECIPES, Linear, Recipe, cached_weights, convert, linear
+from lowp.tensor import QTensor
+from lowp.train import RECIPES, Linear, Recipe, cached_weights, convert, gather_codes, linear
+from lowp.train.linear import weight_codes
 from lowp.train.recipes import recipe_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -177,19 +179,54 @@ def test_a_weight_that_changes_inside_of_the_cache_is_said():
         model[0].weight.data.add_(1)
         with torch.no_grad():
             model[0].weight.add_(1)
+    with pytest.raises(MisfitError, match="0 changed: step the optimizer after the block"), cached_weights(model):
+        model[0].weight.data = torch.zeros(32, 32)
 
 
-def test_autocast_and_master_weights_in_float32(device):
+def test_weights_that_cannot_be_cached_are_said():
+    model = nn.Sequential(Linear(32, 32), Linear(32, 32))
+    gather_codes(nn.Sequential(model[1]))
+    with pytest.warns(UserWarning, match="wants plain weights, 1 are sharded or split .1.:"), cached_weights(model):
+        assert model[0].codes and not model[1].codes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_and_master_weights_in_float32(name, device):
+    """Backward too, which some call inside: the products of the reference are not autocast."""
     x, _, g = case(torch.float32, device)
     layer = nn.Linear(256, 384, device=device)
-    convert(layer, "float8_rowwise", keep_small=False)
+    convert(layer, name, keep_small=False)
+    torch.manual_seed(1)
     with torch.autocast(device.type, torch.bfloat16):
         y = layer(x)
+        y.backward(g.bfloat16())
     assert y.dtype == torch.bfloat16
-    y.backward(g.bfloat16())
     assert layer.weight.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
-    direct = linear(x.detach().bfloat16(), layer.weight, layer.bias, "float8_rowwise")
-    assert torch.equal(direct, y)
+    found = [y.detach(), x.grad, layer.weight.grad]
+    direct = run(lambda x, w: linear(x, w, layer.bias, name), x.detach().bfloat16(), layer.weight, g.bfloat16())
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(direct, found, strict=True))
+
+
+def test_gradients_of_gradients_are_refused(device):
+    x, w, _ = case(torch.bfloat16, device)
+    loss = linear(x, w, None, "mxfp4").square().sum()
+    (dw,) = torch.autograd.grad(loss, w, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dw.square().sum().backward()
+
+
+def test_many_tokens_do_not_overflow(device):
+    """127 x 127 x 140,000 is beyond an int32."""
+    x, w = torch.ones(140_000, 16, device=device), nn.Parameter(torch.ones(16, 16, device=device))
+    linear(x, w, None, "int8").backward(torch.ones(140_000, 16, device=device))
+    assert relative_error(torch.full((16, 16), 140_000.0, device=device), w.grad) < 1e-5
+
+
+@pytest.mark.parametrize("scheme", ["int8/row", "e4m3/row", "int8/1x128", "int4/1x32", "nf4"])
+def test_a_quantized_weight_that_is_not_the_recipes_is_refused(scheme, device):
+    weight = QTensor.quantize(torch.randn(64, 256, device=device), scheme)
+    with pytest.raises(MisfitError, match=r"wants a weight in floats or in e4m3/row\*e8m0, .* before lowp.quantize_"):
+        linear(torch.ones(2, 256, device=device), weight, None, "float8_rowwise")
 
 
 def test_frozen_operands_get_no_gradient(device):
@@ -210,7 +247,10 @@ def test_scales_of_powers_of_two():
     found = run(lambda x, w: linear(x, w, None, recipe), x, w, g)
     exact = run(lambda x, w: x @ w.t(), x.double(), w.double(), g.double())
     assert all(relative_error(e, f) < 0.07 for f, e in zip(found, exact, strict=True))
-    assert Format.parse("mxfp8".replace("mxfp8", "e4m3/1x32*e8m0")).scale == "e8m0"
+    layer = nn.Linear(256, 384)
+    convert(layer, "float8_rowwise_gw_hp", power_of_two=True, keep_small=False)
+    scales = [t.float() for t in weight_codes(layer.weight, layer.recipe) if t.dtype == torch.float8_e8m0fnu]
+    assert len(scales) == 2 and all((torch.frexp(scale).mantissa == 0.5).all() for scale in scales)
 
 
 def test_a_recipe_of_your_own(device):

@@ -27,6 +27,14 @@ class Experts(nn.Module):
         return torch._grouped_mm(nn.functional.silu(h), self.down.bfloat16(), offs=offs)
 
 
+class Half(Experts):
+    """One of its products goes another way."""
+
+    def forward(self, x, offs):
+        h = torch._grouped_mm(x.bfloat16(), self.up.bfloat16(), offs=offs)
+        return h.expand(4, -1, -1) @ self.down.bfloat16()
+
+
 def offsets(sizes, device):
     return torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
 
@@ -101,7 +109,21 @@ def test_experts_that_are_not_multiplied_so_are_said():
 
     model = Loop()
     convert(model, "mxfp8", keep_small=False)
-    with pytest.warns(UserWarning, match=r"called torch\._grouped_mm for no stack of experts"):
+    with pytest.warns(UserWarning, match=r"multiplied 0 of its 1 stacks of experts by torch\._grouped_mm"):
         model(torch.randn(4, 32))
+    half = Half()
+    convert(half, "mxfp8", keep_small=False)
+    with pytest.warns(UserWarning, match="multiplied 1 of its 2 stacks of experts"):
+        half(torch.randn(57, 64), offsets(GROUPS["ragged"], "cpu"))
     report = convert(nn.ParameterDict({"w": nn.Parameter(torch.randn(2, 32, 32))}), "mxfp8", keep_small=False)
     assert "has no forward of its own" in report.rows[0].why
+
+
+def test_a_pickle_and_a_copy_of_converted_experts(tmp_path):
+    model = nn.Sequential(Experts())
+    convert(model, "mxfp8", keep_small=False)
+    torch.save(model, tmp_path / "model.pt")
+    x, offs = torch.randn(57, 64), offsets(GROUPS["ragged"], "cpu")
+    for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        assert type(other[0]) is type(model[0]) and other[0].lowp_recipe == RECIPES["mxfp8"]
+        assert torch.equal(other[0](x, offs), model[0](x, offs)) and type(revert(other)[0]) is Experts

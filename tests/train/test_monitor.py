@@ -78,6 +78,19 @@ def test_a_lost_loss_names_its_layer(tmp_path):
     assert len(rows) == 10 and rows[-1]["amax"] == "nan"
 
 
+def test_the_microbatch_that_is_lost_is_found():
+    model, x = build(), torch.randn(8, 64)
+    monitor = Monitor(model, every=1)
+    for batch in (x, 3 * x, x * torch.nan, x):
+        model(batch)
+    with pytest.raises(TrainingError, match=r"first not finite was the input of layer '0' \(amax nan\)"):
+        monitor.check(torch.nan)
+    for batch in (x, 3 * x, x):
+        model(batch)
+    rows = {(row["layer"], row["operand"]): row for row in monitor.flush()}
+    assert rows["0", "x"]["amax"] == pytest.approx(3 * x.abs().max().item()) and rows["0", "x"]["underflow"] is not None
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs the package tensorboard")
 def test_tensorboard(tmp_path):
     model = build()

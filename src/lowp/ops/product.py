@@ -26,6 +26,8 @@ from .cast import parts_of
 from .operator import define, plain
 from .registry import Case, Kernel, device_capability, pick, verdicts
 
+_LONGEST = 1 << 16  # codes along the summed axis: 2^16 x 128^2 fits in an int32
+
 
 def product(a: list[Tensor], b: list[Tensor], scheme: str, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
     """Matrix product of two quantized operands.
@@ -57,12 +59,32 @@ def _product(a: list[Tensor], b: list[Tensor], scheme: str, dtype: torch.dtype, 
     (rows, width), columns, device = a[0].shape, b[0].shape[0], a[0].device
     if 0 in (rows, width, columns):
         return a[0].new_zeros((rows, columns), dtype=dtype)
+    if width > _LONGEST and _overflows(scheme):
+        return _in_pieces(a, b, scheme, dtype, fast)
     kernel = _kernel(scheme, device.type, device.index, dtype, columns, width)
     if kernel is None or kernel.fallback:  # asked at each call: strict mode may have begun
         kernel = pick(case_of_product(scheme, device, dtype, columns, width))
     fmt_a, fmt_b = formats(scheme)
+    if torch.is_autocast_enabled(device.type):  # which would round the float32 operands of an emulated product
+        with torch.autocast(device.type, enabled=False):
+            return kernel.run(parts_of(a, fmt_a), parts_of(b, fmt_b), scheme, dtype, fast)  # type: ignore[no-any-return]
     y_MN: Tensor = kernel.run(parts_of(a, fmt_a), parts_of(b, fmt_b), scheme, dtype, fast)
     return y_MN
+
+
+def _in_pieces(a: list[Tensor], b: list[Tensor], scheme: str, dtype: torch.dtype, fast: bool) -> Tensor:
+    """The sum over pieces of the summed axis, in float32: what a product over many tokens is, whose int32 would overflow."""
+    total: Tensor | None = None
+    for a_piece, b_piece in zip(a[0].split(_LONGEST, 1), b[0].split(_LONGEST, 1), strict=True):
+        y_MN = _product([a_piece.contiguous(), *a[1:]], [b_piece.contiguous(), *b[1:]], scheme, torch.float32, fast)
+        total = y_MN if total is None else total.add_(y_MN)
+    assert total is not None
+    return total.to(dtype)
+
+
+def _overflows(scheme: str) -> bool:
+    """Whether codes of 8 bits are summed over the whole axis, for one scale."""
+    return all(fmt.element.kind == "int" and fmt.block in ("row", "tensor") for fmt in formats(scheme))
 
 
 def case_of_product(

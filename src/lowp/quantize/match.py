@@ -20,6 +20,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -168,10 +169,10 @@ def _matrix_shape(kind: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One line of the rules: a pattern, and what it gives (a scheme; None: the tensor stays as it is)."""
+    """One line of the rules: a pattern, and what it gives (what `matched` reads it as; None: the tensor stays as it is)."""
 
     pattern: str | Predicate
-    scheme: str | None
+    scheme: Any
 
     def matches(self, target: Target) -> bool:
         """Whether it names a tensor."""
@@ -188,12 +189,14 @@ class Rule:
 
 
 def matched(
-    model: nn.Module, rules: Rules, read: Callable[[str], str] = lambda scheme: str(Scheme.parse(scheme))
+    model: nn.Module,
+    rules: Mapping[Any, Any] | str,
+    read: Callable[[Any], Any] = lambda scheme: str(Scheme.parse(scheme)),
 ) -> list[tuple[Target, Rule | None]]:
     """Every target of the model with the first rule that matches it.
 
     Args:
-        read: checks what a rule gives, and answers its canonical spelling.
+        read: checks what a rule gives, and answers what `Rule.scheme` shall be: its canonical spelling, or an object.
 
     Raises:
         SpellingError: what `read` refuses; a rule that matches nothing.
@@ -203,7 +206,7 @@ def matched(
     return [(target, next((rule for rule in rows if rule.matches(target)), None)) for target in found]
 
 
-def _read_rules(rules: Rules, parse: Callable[[str], str]) -> list[Rule]:
+def _read_rules(rules: Mapping[Any, Any] | str, parse: Callable[[Any], Any]) -> list[Rule]:
     pairs = {"*": rules} if isinstance(rules, str) else rules
     if not isinstance(pairs, Mapping) or not pairs:
         raise SpellingError(f"rules want a scheme such as 'int4' or a mapping from patterns to schemes, got {rules!r}.")

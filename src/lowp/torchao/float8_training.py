@@ -22,6 +22,7 @@ from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import MisfitError
 from ..numerics import ELEMENTS
@@ -308,13 +309,37 @@ class Float8ColwiseParallel(ColwiseParallel):
 
     def __init__(self, *, input_layouts: Any = None, output_layouts: Any = None, use_local_output: bool = True) -> None:
         super().__init__(sequence=_by_tokens(input_layouts))
+        self.output_layouts, self.use_local_output = output_layouts, use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        return _laid_out(super()._apply(module, device_mesh), self.output_layouts, self.use_local_output)
 
 
 class Float8RowwiseParallel(RowwiseParallel):
     """Tensor parallel by input channels; an output that is sharded by tokens is scattered, its gradient gathered as codes."""
 
     def __init__(self, *, input_layouts: Any = None, output_layouts: Any = None, use_local_output: bool = True) -> None:
+        if input_layouts not in (None, Shard(-1)):
+            raise MisfitError(f"Float8RowwiseParallel wants input_layouts Shard(-1), got {input_layouts}.")
         super().__init__(sequence=_by_tokens(output_layouts))
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        return _laid_out(super()._apply(module, device_mesh), None, self.use_local_output)
+
+
+def _laid_out(module: nn.Module, layout: Any, local: bool) -> nn.Module:
+    """Let a split layer's output lie as asked: another placement, or as a DTensor."""
+    split: Any = module.split
+
+    def hook(_module: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
+        made = DTensor.from_local(y, split.mesh, [split.gives(y)], run_check=False)
+        made = made if layout is None else made.redistribute(placements=[layout])
+        return made.to_local() if local else made
+
+    if not local or layout not in (None, Shard(-1)):
+        module.register_forward_hook(hook)
+    return module
 
 
 def _by_tokens(layout: Any) -> bool:
@@ -349,8 +374,10 @@ def amax_to_scale(amax: Tensor, float8_dtype: torch.dtype, round_scales_to_power
     64.0
     """
     largest = ELEMENTS[_NAMES[float8_dtype]].max
-    scale = (largest / amax.to(torch.float64).clamp(min=1e-12)).to(torch.float32)
-    return torch.exp2(torch.floor(torch.log2(scale))) if round_scales_to_power_of_2 else scale
+    scale = largest / amax.to(torch.float64).clamp(min=1e-12)
+    if round_scales_to_power_of_2:  # of the float64: rounded to float32 first, it could be the power above
+        scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
+    return scale.to(torch.float32)
 
 
 @torch.no_grad()

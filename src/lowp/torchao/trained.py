@@ -166,7 +166,11 @@ class MXFP8TrainingOpConfig(TrainingOpBaseConfig):
 
 @dataclass
 class Float8TrainingOpConfig(TrainingOpBaseConfig):
-    """float8 by row for experts and layers."""
+    """float8 for experts (by row) and layers.
+
+    Args:
+        out_dtype: of a grouped product called by its name; layers answer in the dtype of what they are given.
+    """
 
     float8_dtype: torch.dtype = torch.float8_e4m3fn
     out_dtype: torch.dtype | None = torch.bfloat16
@@ -181,7 +185,15 @@ class Float8TrainingOpConfig(TrainingOpBaseConfig):
 
     def recipe(self) -> Recipe:
         """The same as a Recipe."""
-        return RECIPES["float8_rowwise"]
+        if self.float8_dtype != torch.float8_e4m3fn:
+            raise MisfitError(
+                f"Float8TrainingOpConfig wants float8_dtype torch.float8_e4m3fn, got {self.float8_dtype}."
+            )
+        if self.float8_linear_recipe not in ("rowwise", "tensorwise"):
+            raise MisfitError(
+                f"Float8TrainingOpConfig wants float8_linear_recipe 'rowwise' or 'tensorwise', got {self.float8_linear_recipe!r}."
+            )
+        return RECIPES[f"float8_{self.float8_linear_recipe}"]
 
 
 def _with_rule(scheme: str, rule: str) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import LowpError, MisfitError
 from ..numerics import Format
@@ -26,6 +26,7 @@ from ..quantize.match import Predicate, Rule, Target, matched, table
 from . import moe
 from .linear import Linear
 from .recipes import Recipe, recipe_of
+from .sharded import ShardedWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def convert(
     model: nn.Module,
     recipe: str | Recipe = "float8_rowwise",
     *,
-    rules: Mapping[str | Predicate, str | None] | None = None,
+    rules: Mapping[str | Predicate, str | Recipe | None] | None = None,
     power_of_two: bool = False,
     keep_small: bool = True,
     on_misfit: str = "skip",
@@ -78,7 +79,7 @@ def convert(
 
     Args:
         model: any nn.Module, also on the meta device. recipe: a name of `RECIPES`, or a Recipe of your own.
-        rules: patterns as for `lowp.quantize_`, with the name of a recipe, or None to keep a layer in floats. The first that
+        rules: patterns as for `lowp.quantize_`, with a recipe or its name, or None to keep a layer in floats. The first that
             matches wins; layers that none matches get `recipe`.
         power_of_two: scales are rounded up to powers of two, in every recipe.
         keep_small: leave layers in floats that are too small to gain, unless a rule names them.
@@ -97,10 +98,10 @@ def convert(
     if on_misfit not in ("skip", "error"):
         raise MisfitError(f"on_misfit wants 'skip' or 'error', got {on_misfit!r}.")
     chosen = recipe_of(recipe)
-    named = {**(rules or {})}
-    named.setdefault("*", chosen.name)
-    rows = matched(model, named, read=lambda name: name if name == chosen.name else recipe_of(name).name)
-    plans = [_planned(target, rule, chosen, power_of_two, keep_small, on_misfit) for target, rule in rows]
+    named: dict[Any, Any] = {**(rules or {})}
+    named.setdefault("*", chosen)
+    rows = matched(model, named, read=recipe_of)
+    plans = [_planned(target, rule, power_of_two, keep_small, on_misfit) for target, rule in rows]
     done = []
     for (target, _), (row, made) in zip(rows, plans, strict=True):
         if made is not None:
@@ -111,18 +112,34 @@ def convert(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Every converted layer back to the class it had, in place; returns the model.
+    """Every converted layer back to a plain nn.Linear or the class of its experts, in place; returns the model.
+
+    Raises:
+        MisfitError: layers that were split or sharded since; nothing is changed.
 
     >>> type(revert(torch.nn.Sequential(Linear(16, 16)))[0]).__name__
     'Linear'
     """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    bound = [n for n, m in layers.items() if m.split is not None or isinstance(_local(m.weight), ShardedWeight)]
+    if bound:
+        raise MisfitError(
+            f"revert wants layers whose weights are whole and plain, got {', '.join(bound[:5])}: call it before gather_codes and "
+            "parallelize_module, or load the checkpoint into a model that was not converted."
+        )
     for module in model.modules():
-        if type(module) is Linear:
+        if isinstance(module, Linear):
             module.__class__ = nn.Linear
-            module.__dict__.pop("recipe", None)
+            for name in ("recipe", "codes", "split", "config"):
+                module.__dict__.pop(name, None)
         else:
             moe.revert(module)
     return model
+
+
+def _local(weight: Tensor) -> Tensor:
+    local: Tensor = getattr(weight, "_local_tensor", weight)
+    return local
 
 
 def too_small(recipe: Recipe, rows: int, columns: int) -> bool:
@@ -146,14 +163,13 @@ def misfit(recipe: Recipe, rows: int, columns: int) -> str:
 
 
 def _planned(
-    target: Target, rule: Rule | None, chosen: Recipe, power_of_two: bool, keep_small: bool, on_misfit: str
+    target: Target, rule: Rule | None, power_of_two: bool, keep_small: bool, on_misfit: str
 ) -> tuple[TrainRow | None, Recipe | None]:
-    if target.kind not in ("linear", "experts") or rule is None:
+    if rule is None:
         return None, None
     if rule.scheme is None:
         return _row(target, None, f"rule {str(rule)!r} keeps it"), None
-    recipe = chosen if rule.scheme == chosen.name else recipe_of(rule.scheme)
-    recipe = recipe.power_of_two() if power_of_two else recipe
+    recipe = rule.scheme.power_of_two() if power_of_two else rule.scheme
     rows, columns = target.matrix_shape[-2:]
     reason = (
         _unknown(target)
@@ -175,7 +191,9 @@ def _unknown(target: Target) -> str:
     """Why a module is not one whose product is known."""
     if target.kind == "experts":
         return moe.unknown(target.module)
-    if isinstance(target.module, nn.Embedding):
+    if target.kind != "linear":
+        return f"{type(target.module).__name__} is no nn.Linear."
+    if isinstance(target.module, nn.Embedding):  # tied to a linear layer
         return ""
     if type(target.module) not in (nn.Linear, Linear):
         return f"{type(target.module).__name__} is a linear layer with a forward of its own."

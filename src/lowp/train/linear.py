@@ -16,11 +16,13 @@ Legend: M tokens, N output channels, K input channels.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import MisfitError
 from ..ops.cast import cast_both, cast_turned
@@ -62,6 +64,11 @@ def linear(
         )
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if isinstance(weight, QTensor) and weight.scheme != recipe.operands.w_row:
+        raise MisfitError(
+            f"{recipe.name} wants a weight in floats or in {recipe.operands.w_row}, got {weight.scheme}: call "
+            "lowp.train.revert(model) before lowp.quantize_, and give tied weights one recipe."
+        )
     has = "codes by row" if isinstance(weight, QTensor) else "codes" if codes and recipe.operands.w_column else "floats"
     codes = tuple(weight.parts().tensors().values()) if isinstance(weight, QTensor) else codes
     y = _Linear.apply(x, weight, recipe, recipe.operands, has, torch.is_grad_enabled(), *codes)
@@ -96,6 +103,7 @@ class _Linear(torch.autograd.Function):
         return torch.ops.aten._unsafe_view.default(y_MN, [*x.shape[:-1], y_MN.shape[1]])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         recipe, of, g_MN = ctx.recipe, ctx.of, g.reshape(-1, g.shape[-1])
         need_x, need_w = ctx.needs_input_grad[:2]
@@ -109,8 +117,8 @@ class _Linear(torch.autograd.Function):
             w_column = _by_column(kept_w, of, ctx.has, g_MN.dtype)
             dx = multiply(g_parts[:n_g] or [g_MN], w_column, recipe.grad_input, g_MN.dtype).view(ctx.shape)
         if need_w:
-            g_T = g_parts[n_g:] or [_filled(g_MN, of).t()]
-            x_T = kept_x if of.x_column else [_filled(kept_x[0], of).t()]
+            g_T = g_parts[n_g:] or [filled(g_MN, of).t()]
+            x_T = kept_x if of.x_column else [filled(kept_x[0], of).t()]
             dw = multiply(g_T, x_T, recipe.grad_weight, g_MN.dtype).to(ctx.w_dtype)
         return (dx, dw, None, None, None, None, *(None for _ in ctx.needs_input_grad[6:]))
 
@@ -135,7 +143,7 @@ def _cast(
     return cast_both(x.detach(), rows, columns, act_scale=act_scale, multiple=multiple, stochastic=stochastic)
 
 
-def _filled(x_MK: Tensor, of: Operands) -> Tensor:
+def filled(x_MK: Tensor, of: Operands) -> Tensor:
     """Rows of zeros below a float, where the other operand of its product has them."""
     if of.x_column is None and of.g_column is None:
         return x_MK
@@ -163,13 +171,13 @@ class Linear(nn.Linear):
     codes: tuple[Tensor, ...] = ()  # of the weight, inside of `cached_weights`
     split: Any = None  # over which ranks, where a style of `parallel.py` split it
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> (..., N), in x's dtype."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., K) -> (..., N), in its dtype."""
         if self.split is not None:
             from .parallel import split_linear
 
-            return split_linear(x, self.weight, self.bias, self.recipe, self.split)
-        return linear(x, self.weight, self.bias, self.recipe, codes=self.codes)
+            return split_linear(input, self.weight, self.bias, self.recipe, self.split)
+        return linear(input, self.weight, self.bias, self.recipe, codes=self.codes)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"
@@ -185,6 +193,8 @@ def weight_codes(weight: Tensor, recipe: str | Recipe) -> tuple[Tensor, ...]:
 def cached_weights(model: nn.Module) -> Iterator[None]:
     """Inside, every weight of the model is cast once, for all microbatches of a step; the optimizer steps outside.
 
+    Weights that are sharded or split are left alone, with a warning: a rank has no whole one to cast.
+
     It costs a byte an element for each form (two for float8), and saves two casts a microbatch.
 
     Raises:
@@ -193,10 +203,15 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     >>> with cached_weights(Linear(32, 32)):
     ...     pass
     """
-    layers = [
-        (name, m) for name, m in model.named_modules() if isinstance(m, Linear) and type(m.weight) is nn.Parameter
-    ]
-    versions = [layer.weight._version for _, layer in layers]
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear)]
+    layers = [(name, m) for name, m in found if type(m.weight) is nn.Parameter]
+    if left := [name for name, m in found if type(m.weight) is not nn.Parameter]:
+        warnings.warn(
+            f"cached_weights wants plain weights, {len(left)} are sharded or split ({', '.join(left[:5])}): they are cast "
+            "in each microbatch.",
+            stacklevel=3,
+        )
+    states = [_state(layer.weight) for _, layer in layers]
     try:
         for _, layer in layers:
             layer.codes = weight_codes(layer.weight, layer.recipe)
@@ -204,9 +219,14 @@ def cached_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for _, layer in layers:
             layer.codes = ()
-    stale = [name for (name, layer), before in zip(layers, versions, strict=True) if layer.weight._version != before]
+    stale = [name for (name, layer), before in zip(layers, states, strict=True) if _state(layer.weight) != before]
     if stale:
         raise MisfitError(
             f"cached_weights wants weights that stay as they are inside, {', '.join(stale[:5])} changed: "
             "step the optimizer after the block."
         )
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Another one, if the numbers were written to or replaced."""
+    return weight._version, weight.data_ptr()

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from ..errors import MisfitError
@@ -70,6 +71,7 @@ class _Grouped(torch.autograd.Function):
         return grouped_product(x_row, _stack(w_ENK, str(of.w_row)), offs, recipe.output, x_TK.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g_TN: Tensor) -> Any:  # type: ignore[override]
         recipe, of = ctx.recipe, ctx.recipe.operands
         offs, w_ENK, *kept = ctx.saved_tensors
@@ -132,13 +134,19 @@ class _Experts:
         mode = _ByRecipe(self.lowp_recipe)
         with mode:
             out = super().forward(*args, **kwargs)  # type: ignore[misc]
-        if not torch.compiler.is_compiling() and not mode.seen:
+        stacks = sum(p.dim() == 3 for p in self.parameters(recurse=False))  # type: ignore[attr-defined]
+        if not torch.compiler.is_compiling() and mode.seen < stacks:
             warnings.warn(
-                f"{type(self).__name__} was converted to {self.lowp_recipe.name}, but its forward called torch._grouped_mm for "
-                "no stack of experts: it computes in floats. Give it a rule None.",
+                f"{type(self).__name__} was converted to {self.lowp_recipe.name}, but its forward multiplied {mode.seen} of its "
+                f"{stacks} stacks of experts by torch._grouped_mm with offs and without a bias: the others compute in floats. "
+                "Give them a rule None.",
                 stacklevel=2,
             )
         return out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _rebuilt, (type(self).__mro__[2], self.lowp_recipe), *state
 
 
 @functools.cache
@@ -162,6 +170,13 @@ def adopt(module: nn.Module, recipe: Recipe) -> None:
     if not isinstance(module, _Experts):
         module.__class__ = _class_of(type(module))
     module.lowp_recipe = recipe  # type: ignore[assignment]
+
+
+def _rebuilt(kind: type[nn.Module], recipe: Recipe) -> nn.Module:
+    """What a pickle and a copy begin with: an empty module of the user's class, adopted."""
+    module = kind.__new__(kind)
+    adopt(module, recipe)
+    return module
 
 
 def revert(module: nn.Module) -> None:

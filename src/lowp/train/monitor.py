@@ -1,6 +1,6 @@
 """Monitor: what the formats do to the numbers of a training run, layer by layer and operand by operand.
 
-    amax          the largest magnitude of x, w and g (the gradient of the output)
+    amax          the largest magnitude of x, w and g (the gradient of the output), of all microbatches of the step
     underflow     the share of numbers other than zero that their format makes zero
     saturation    the share of codes that are the format's largest
 
@@ -78,7 +78,8 @@ class Monitor:
         found = [t.abs().amax().to(torch.float32)]
         if self.step % self.every == 0 and fmt is not None:
             found += _shares(t.reshape(-1, t.shape[-1]), fmt)
-        self._now.setdefault((name, operand), tuple(found))  # the first of several microbatches
+        top, *shares = self._now.get((name, operand), tuple(found))  # of several microbatches: the shares of the first
+        self._now[name, operand] = (torch.maximum(top, found[0]), *shares)  # of NaN too
 
     def flush(self) -> list[dict[str, Any]]:
         """End a step: its rows, which go to `history`. It waits for the device."""

@@ -11,7 +11,7 @@ ever. A scale of the whole tensor is agreed on by an all-reduce of one number.
     parallelize_module(model, mesh, {"up": ColwiseParallel(sequence=True), "down": RowwiseParallel(sequence=True)})
 
 The parameter becomes a DTensor, as with torch's styles of the same names. Tokens are split along the axis before the last, and
-a rank gets and gives plain local tensors.
+a rank gets and gives plain local tensors; a DTensor is laid out as the layer wants it.
 
 Source: Korthikanti et al., "Reducing activation recomputation in large transformer models", arXiv 2205.05198, section 4.2.2.
 
@@ -25,15 +25,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..errors import MisfitError
 from ..numerics import Format
-from ..ops.cast import cast_both, cast_turned
-from .linear import Linear, multiply
+from ..ops.cast import cast_both, cast_turned, part_names
+from .linear import Linear, filled, multiply
 from .recipes import Operands, Recipe
-from .sharded import stored_scale
+from .sharded import ShardedWeight, stored_scale
 
 # torch 2.13 has new names for the collectives of one tensor.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -43,10 +44,23 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 class _Split(NamedTuple):
     """How a layer is split: over which ranks, by output channels or input channels, and whether tokens are split beside."""
 
-    group: Any
+    mesh: Any
     ranks: int
     colwise: bool
     sequence: bool
+
+    @property
+    def group(self) -> Any:
+        """The mesh's, which a copy of the layer shares."""
+        return self.mesh.get_group()
+
+    def takes(self, x: Tensor) -> Any:
+        """How x lies on the ranks, as DTensor has it."""
+        return Shard(x.dim() - 1) if not self.colwise else Shard(x.dim() - 2) if self.sequence else Replicate()
+
+    def gives(self, y: Tensor) -> Any:
+        """How y does."""
+        return Shard(y.dim() - 1) if self.colwise else Shard(y.dim() - 2) if self.sequence else Replicate()
 
 
 class _Style(ParallelStyle):
@@ -62,6 +76,11 @@ class _Style(ParallelStyle):
                 f"{type(self).__name__} wants a layer that lowp.train.convert made, got {type(module).__name__}: convert first, "
                 "or use torch's style of this name."
             )
+        if isinstance(module.weight, (DTensor, ShardedWeight)):
+            raise MisfitError(
+                f"{type(self).__name__} wants a weight that is whole, got a {type(module.weight).__name__}: split layers first, "
+                "once, then call gather_codes for the others, then fully_shard."
+            )
         ranks, (rows, columns) = device_mesh.size(), module.weight.shape
         if (rows if self.colwise else columns) % ranks:
             raise MisfitError(
@@ -73,7 +92,7 @@ class _Style(ParallelStyle):
             placement = Shard(0) if self.colwise else Replicate()
             bias = distribute_tensor(module.bias, device_mesh, [placement])
             module.bias = nn.Parameter(bias, requires_grad=module.bias.requires_grad)
-        module.split = _Split(device_mesh.get_group(), ranks, self.colwise, self.sequence)
+        module.split = _Split(device_mesh, ranks, self.colwise, self.sequence)
         return module
 
 
@@ -97,7 +116,7 @@ class RowwiseParallel(_Style):
 
 def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, split: _Split) -> Tensor:
     """The layer on one rank: local tensors in and out, the parameters DTensors."""
-    x = x.to_local() if isinstance(x, DTensor) else x
+    x = x.redistribute(placements=[split.takes(x)]).to_local() if isinstance(x, DTensor) else x
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weight = weight.to_local() if isinstance(weight, DTensor) else weight
@@ -119,6 +138,7 @@ class _SumGrad(torch.autograd.Function):
         return t.view_as(t)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         total = g.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=ctx.split.group)
@@ -144,6 +164,7 @@ class _SplitLinear(torch.autograd.Function):
         return _from_rank(y, lead, whole, split.ranks if split.sequence and not split.colwise else 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         recipe, of, split = ctx.recipe, ctx.of, ctx.split
         w, *kept = ctx.saved_tensors
@@ -241,13 +262,13 @@ def _operand(
         return tensors, tensors if keep else []
     if gather:
         t = _gathered(t, split)
-    if row is None:
-        return [t], [t] if keep else []
-    if not keep or column is None:
-        return _parts(t, row, None, scale, 1, stochastic), [t] if keep else []
-    count = of.counts[0 if row == of.x_row and column == of.x_column else 4]
-    made = _parts(t, row, column, scale if row == column else None, of.multiple, stochastic)
-    return made[:count], made[count:]
+    below = None if stochastic or not keep else scale if row == column else _scale(t, column, split)
+    if keep and row and column and (row == column or (scale is None and below is None)):
+        made, count = _parts(t, row, column, scale, of.multiple, stochastic), len(part_names(Format.parse(row)))
+        return made[:count], made[count:]
+    by_row = _parts(t, row, None, scale, 1, stochastic) if row else [t]
+    by_column = _parts(t, None, column, below, of.multiple, stochastic) if keep and column else [t]
+    return by_row, by_column if keep else []
 
 
 def _column(
@@ -255,9 +276,7 @@ def _column(
 ) -> list[Tensor]:
     """The column form of an operand."""
     if column is None:
-        return [kept[0].t()]
+        return [filled(kept[0], of).t()]
     if gather and row:
         return cast_turned(kept, row, column, dtype)
-    if len(kept) == 1:  # floats: no form by row was asked for
-        return _parts(kept[0], None, column, None, of.multiple)
     return kept

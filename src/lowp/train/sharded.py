@@ -13,7 +13,8 @@ but with scales that are powers of two the smallest alone.
     each step:  forward, backward, optimizer.step(), precompute_scales(model)
 
 The parameter of a layer becomes a DTensor whose local tensor is a `ShardedWeight`: floats that know how they travel. Optimizers
-compute with those floats; what they make (states, gradients) are plain tensors.
+compute with those floats; what they make (states, gradients) are plain tensors. A checkpoint holds plain floats, and a layer
+that a style of `parallel.py` split is gathered in floats: `gather_codes` says so.
 
 Source: torch.distributed.fsdp, "all-gather extensions".
 """
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ..errors import MisfitError
 from ..numerics import Format, Parts, quantize
@@ -57,6 +59,8 @@ class ShardedWeight(torch.Tensor):
     floats: Tensor
     recipe: Recipe
     scale: Tensor | None
+    _writes: list[int]  # how often the numbers were written to, shared by all views of them
+    _seen: tuple[int, int] | None
 
     @staticmethod
     def __new__(cls: type[ShardedWeight], floats: Tensor, recipe: Recipe, scale: Tensor | None = None) -> ShardedWeight:
@@ -64,7 +68,8 @@ class ShardedWeight(torch.Tensor):
             cls, floats.shape, strides=floats.stride(), storage_offset=floats.storage_offset(), dtype=floats.dtype,
             device=floats.device, requires_grad=floats.requires_grad,
         )  # fmt: skip
-        self.floats, self.recipe, self.scale, self._seen = floats, recipe, scale, -1
+        self.floats, self.recipe, self.scale = floats, recipe, scale
+        self._writes, self._seen = [0], None
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,8 +83,9 @@ class ShardedWeight(torch.Tensor):
         first = next((arg for arg in args if isinstance(arg, ShardedWeight)), None)
         plain_args, plain_kwargs = tree_map_only(ShardedWeight, lambda weight: weight.floats, (args, kwargs))
         out = func(*plain_args, **plain_kwargs)
+        _count_writes(func, args, kwargs)
         if func in _KEEP and first is not None:
-            out = tree_map(lambda t: ShardedWeight(t, first.recipe) if isinstance(t, Tensor) else t, out)
+            out = tree_map(lambda t: first._like(t, shares=func.is_view) if isinstance(t, Tensor) else t, out)
             return return_and_correct_aliasing(func, args, kwargs, out)
         if first is not None and out is first.floats:  # in place
             return first
@@ -95,13 +101,29 @@ class ShardedWeight(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedWeight({self.recipe.name}, {self.floats})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A checkpoint holds the floats alone: any model reads it, and loading copies into the weight that is there."""
+        floats = self.floats.detach()
+        plain = nn.Parameter(floats, requires_grad=self.requires_grad) if isinstance(self, nn.Parameter) else floats
+        return plain.__reduce_ex__(protocol)
+
+    def _like(self, floats: Tensor, shares: bool) -> ShardedWeight:
+        made = ShardedWeight(floats, self.recipe)
+        if shares:
+            made._writes = self._writes
+        return made
+
+    def _now(self) -> tuple[int, int]:
+        # Below a DTensor no version counts, but every write comes by `__torch_dispatch__`; a compiled one writes to the floats.
+        return self._writes[0], self.floats._version
+
     def given_scale(self) -> Tensor | None:
         """The scale of the tensor, if it was found for the numbers that are there now."""
-        return self.scale if self._seen == self.floats._version else None
+        return self.scale if self._seen == self._now() else None
 
     def keep_scale(self, scale: Tensor) -> None:
         """Remember the scale of the tensor for the numbers that are there now."""
-        self.scale, self._seen = scale, self.floats._version
+        self.scale, self._seen = scale, self._now()
 
     def fsdp_pre_all_gather(self, mesh: Any, outer_size: Any, outer_stride: Any, module: Any, mp_policy: Any) -> Any:
         """What FSDP2 gathers: the bytes of the codes by row, and their scales."""
@@ -124,17 +146,27 @@ class ShardedWeight(torch.Tensor):
         return to_gather(shard, (rows, columns))
 
     def fsdp_post_all_gather(
-        self, gathered: Any, known: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
+        self, all_gather_outputs: Any, metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Any:
         """The whole weight as codes, in the memory that FSDP2 gathered into; with `out` that one, its scale made new."""
-        packed, spec, dtype = from_gathered(tuple(gathered), known, param_dtype)
+        packed, spec, dtype = from_gathered(tuple(all_gather_outputs), metadata, param_dtype)
         if out is None:
-            kept = {name: tensor.clone() if name in known[2] else tensor for name, tensor in packed.items()}
-            return QTensor.of(kept, spec, dtype=dtype), tuple(gathered)
+            kept = {name: tensor.clone() if name in metadata[2] else tensor for name, tensor in packed.items()}
+            return QTensor.of(kept, spec, dtype=dtype), tuple(all_gather_outputs)
         whole = out._local_tensor if hasattr(out, "_local_tensor") else out
-        for name, tensor in known[2].items():
+        for name, tensor in metadata[2].items():
             whole.packed[name].data.copy_(tensor)  # type: ignore[attr-defined]  # not counted as a change: backward reads it
         return None
+
+
+def _count_writes(func: Any, args: Any, kwargs: Any) -> None:
+    """Remember which weights an operation wrote to; one at a time, or a list of them."""
+    if func._schema.is_mutable:
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for weight in tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name)):
+                    if isinstance(weight, ShardedWeight):
+                        weight._writes[0] += 1
 
 
 def gather_codes(model: nn.Module) -> dict[str, str]:
@@ -151,6 +183,9 @@ def gather_codes(model: nn.Module) -> dict[str, str]:
         if not isinstance(layer, Linear) or isinstance(layer.weight.data, ShardedWeight):
             continue
         weight = layer.weight
+        if isinstance(weight, DTensor):
+            left[name] = "its weight is split over ranks already: codes of whole weights are gathered, not of parts"
+            continue
         if layer.recipe.operands.w_row is None or layer.recipe.operands.w_column is None:
             left[name] = f"{layer.recipe.name} multiplies the weight itself backward"
             continue

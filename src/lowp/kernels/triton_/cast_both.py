@@ -44,7 +44,7 @@ def _square(x_ptr, M, K, x_stride, S: tl.constexpr):
     return x, m, k
 
 
-@triton.jit(do_not_specialize=["M", "x_stride"])
+@triton.jit(do_not_specialize=["M"])
 def _amaxes_kernel(
     x_ptr, row_ptr, column_ptr, M, K, x_stride, S: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, EARLY: tl.constexpr
 ):  # fmt: skip
@@ -88,7 +88,7 @@ def _coded(
     return code, stored
 
 
-@triton.jit(do_not_specialize=["M", "MP", "x_stride", "seed"])
+@triton.jit(do_not_specialize=["M", "seed"])
 def _both_kernel(
     x_ptr, given_ptr, row_ptr, column_ptr, r_ptr, rs_ptr, c_ptr, cs_ptr, M, K, MP, x_stride, seed, S: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RWHO: tl.constexpr, RG: tl.constexpr, CWHO: tl.constexpr, CG: tl.constexpr,
@@ -250,7 +250,7 @@ def _run(
     args = (x_MK, act_scale, *amaxes, *pointers, tokens, width, height, x_MK.stride(0), seed)
     static, random = act_scale is not None, stochastic
     key = (
-        "both", rows, columns, side, static, random, x_MK.dtype, aligned(x_MK), x_MK.stride(0) % 16 == 0,
+        "both", rows, columns, side, static, random, x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), _seen(height),
         None if act_scale is None else act_scale.dtype, device.index,
     )  # fmt: skip
 
@@ -270,6 +270,11 @@ def _run(
     ]
 
 
+def _seen(size: int) -> int:
+    """What Triton specializes an integer for: 1, a multiple of 16 (of rows: words of 16 bytes are moved), or neither."""
+    return 1 if size == 1 else 16 if size % 16 == 0 else 0
+
+
 def _empty(form: _Form, shape: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Codes and scales in dtypes that Triton's interpreter knows."""
     scales = (1, 1) if form.who == _TENSOR else form.fmt.scale_shape(shape)
@@ -283,11 +288,12 @@ def _amaxes(x_MK: Tensor, forms: list[_Form | None], side: int, grid: tuple[int,
     if not any(who):
         return x_MK, x_MK
     sizes = [{_ROW: length, _TENSOR: 1}.get(one, 0) for one, length in zip(who, x_MK.shape, strict=True)]
-    both = torch.zeros(sum(sizes), dtype=torch.int32, device=x_MK.device)
-    of_rows, of_columns = both.split(sizes)
+    start = -(-sizes[0] // 4) * 4  # at a multiple of 16 bytes, as a compiled kernel was told that pointers are
+    both = torch.zeros(start + sizes[1], dtype=torch.int32, device=x_MK.device)
+    of_rows, of_columns = both[: sizes[0]], both[start:]
     if who == [_TENSOR, _TENSOR]:
         of_columns = of_rows
-    key = ("amaxes", tuple(who), side, x_MK.dtype, aligned(x_MK), x_MK.stride(0) % 16 == 0, x_MK.device.index)
+    key = ("amaxes", tuple(who), side, x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), x_MK.device.index)
     args = (x_MK, of_rows, of_columns, *x_MK.shape, x_MK.stride(0))
     launch(_amaxes_kernel, key, grid, args, lambda: (side, *who), x_MK.device, 8 if side > 64 else 4)
     return of_rows, of_columns
@@ -308,6 +314,9 @@ def _why_not(case: Case) -> str:
     squares = {block for block in blocks if "x" in block and not block.startswith("1x")}
     if len(squares) > 1 or (squares and "tensor" in blocks):
         return f"wants squares of one size, and no scale for the tensor beside them, got {case.scheme}"
+    sides = [int(block.partition("x")[2]) for block in blocks if "x" in block]
+    if squares and int(min(squares).partition("x")[0]) < max(sides):
+        return f"wants squares that hold the blocks beside them, got {case.scheme}"
     return "" if case.shape[-1] % 16 == 0 else f"wants K in multiples of 16, got {case.shape[-1]}"
 
 

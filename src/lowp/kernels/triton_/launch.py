@@ -3,7 +3,7 @@
 Triton's own launch looks at every argument on every call (type, alignment, whether it is 1), for about 10 us. A caller here
 names with a key all that its kernel was specialized for, so that the next call goes to the compiled kernel at once. The key
 must hold what Triton would look at: dtypes, which pointers are multiples of 16, which arguments are None, the device. Integers
-are either multiples of 16 by contract or listed in `do_not_specialize`.
+are either multiples of 16 by contract, or listed in `do_not_specialize`, or held by the key as Triton sees them.
 
 From sm90 on a kernel is launched while the one before still runs (CUDA C++ Programming Guide, "programmatic dependent launch"):
 its launch, and what it does before `begin`, cost no time of their own. Before `begin`, nothing may be written, and nothing read
