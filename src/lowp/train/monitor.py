@@ -36,6 +36,8 @@ _NAMES = ("amax", "underflow", "saturation")
 class Monitor:
     """Watches the converted linear layers of a model; of experts it says that they are not watched.
 
+    A model that torch.compile traces is watched too, but not in one graph: fullgraph=True is an error of torch's.
+
     Args:
         model: converted by `convert`. every: steps between two looks at underflow and saturation; a step ends at `flush`.
 
