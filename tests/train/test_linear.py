@@ -126,6 +126,20 @@ def test_compiled_it_gives_the_same_numbers_in_one_graph(name, device):
         assert torch.equal(eager, traced)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if RECIPES[name].operands.w_column])
+def test_compiled_with_gathered_codes_it_is_one_graph(name, device):
+    x, w, g = case(torch.bfloat16, device, tokens=48)
+    codes = QTensor.quantize(w, RECIPES[name].operands.w_row)
+    torch._dynamo.reset()
+
+    def function(x, w):
+        return linear(x, codes, None, name)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for eager, traced in zip(run(function, x, w, g)[:2], run(compiled, x, w, g)[:2], strict=True):
+        assert torch.equal(eager, traced)
+
+
 @pytest.mark.parametrize("tokens", [0, 1, 17])
 @pytest.mark.parametrize("name", NAMES)
 def test_any_number_of_tokens(name, tokens, device):

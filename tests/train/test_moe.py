@@ -127,3 +127,16 @@ def test_a_pickle_and_a_copy_of_converted_experts(tmp_path):
     for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
         assert type(other[0]) is type(model[0]) and other[0].lowp_recipe == RECIPES["mxfp8"]
         assert torch.equal(other[0](x, offs), model[0](x, offs)) and type(revert(other)[0]) is Experts
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_rounds_no_operand(name, device):
+    x, w = torch.randn(57, 64, device=device), torch.randn(4, 96, 64, device=device) * 0.1
+    found = []
+    for on in (False, True):
+        x1, w1 = x.clone().requires_grad_(), w.clone().requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16, enabled=on):
+            y = grouped_linear(x1, w1, offsets(GROUPS["ragged"], device), name)
+            y.square().sum().backward()
+        found.append((y.detach(), x1.grad, w1.grad))
+    assert all(map(torch.equal, *found))

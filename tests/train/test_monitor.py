@@ -91,6 +91,32 @@ def test_the_microbatch_that_is_lost_is_found():
     assert rows["0", "x"]["amax"] == pytest.approx(3 * x.abs().max().item()) and rows["0", "x"]["underflow"] is not None
 
 
+def test_a_compiled_model_is_watched():
+    model, x = build(), torch.randn(8, 64)
+    monitor = Monitor(model, every=1)
+    torch._dynamo.reset()
+    seen = []
+    for one in (model, torch.compile(model, backend="aot_eager")):
+        one(x).sum().backward()
+        seen.append({(row["layer"], row["operand"]): row["amax"] for row in monitor.flush()})
+    assert seen[0] == seen[1] and len(seen[0]) == 6
+
+
+def test_experts_are_not_watched_and_that_is_said():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(2, 32, 32))
+
+        def forward(self, x, offs):
+            return torch._grouped_mm(x, self.w, offs=offs)
+
+    model = nn.Sequential(nn.Linear(32, 32), Experts())
+    convert(model, "mxfp8", keep_small=False)
+    with pytest.warns(UserWarning, match=r"the products of 1 modules of experts \(1\) are not looked at"):
+        Monitor(model)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs the package tensorboard")
 def test_tensorboard(tmp_path):
     model = build()

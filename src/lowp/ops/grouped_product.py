@@ -21,7 +21,7 @@ from ..numerics import Format, Parts, dequantize, quantize
 from ..numerics.math import quantize_given
 from .cast import parts_of
 from .operator import define, plain
-from .product import case_of_product, formats
+from .product import case_of_product, formats, no_autocast
 from .registry import pick
 
 
@@ -111,7 +111,8 @@ def _grouped_product(a: list[Tensor], b: list[Tensor], offs: Tensor, scheme: str
     shape = tuple(b[0].shape)
     case = case_of_product(scheme, a[0].device, dtype, shape[-2], shape[-1], op="grouped_product")
     fmt_a, fmt_b = formats(scheme)
-    y: Tensor = pick(case).run(parts_of(a, fmt_a), parts_of(b, fmt_b), offs, scheme, dtype)
+    with no_autocast(a[0].device.type):
+        y: Tensor = pick(case).run(parts_of(a, fmt_a), parts_of(b, fmt_b), offs, scheme, dtype)
     return y
 
 

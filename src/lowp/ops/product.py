@@ -16,7 +16,9 @@ Legend: M rows of a, N rows of b, K the axis that is summed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,11 +67,15 @@ def _product(a: list[Tensor], b: list[Tensor], scheme: str, dtype: torch.dtype, 
     if kernel is None or kernel.fallback:  # asked at each call: strict mode may have begun
         kernel = pick(case_of_product(scheme, device, dtype, columns, width))
     fmt_a, fmt_b = formats(scheme)
-    if torch.is_autocast_enabled(device.type):  # which would round the float32 operands of an emulated product
-        with torch.autocast(device.type, enabled=False):
-            return kernel.run(parts_of(a, fmt_a), parts_of(b, fmt_b), scheme, dtype, fast)  # type: ignore[no-any-return]
-    y_MN: Tensor = kernel.run(parts_of(a, fmt_a), parts_of(b, fmt_b), scheme, dtype, fast)
+    with no_autocast(device.type):
+        y_MN: Tensor = kernel.run(parts_of(a, fmt_a), parts_of(b, fmt_b), scheme, dtype, fast)
     return y_MN
+
+
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off, which would round the float32 operands of an emulated product."""
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 def _in_pieces(a: list[Tensor], b: list[Tensor], scheme: str, dtype: torch.dtype, fast: bool) -> Tensor:

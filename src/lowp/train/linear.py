@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import MisfitError
+from ..layouts import layout_of
 from ..ops.cast import cast_both, cast_turned
 from ..ops.product import product
 from ..tensor import QTensor
@@ -70,9 +71,17 @@ def linear(
             "lowp.train.revert(model) before lowp.quantize_, and give tied weights one recipe."
         )
     has = "codes by row" if isinstance(weight, QTensor) else "codes" if codes and recipe.operands.w_column else "floats"
-    codes = tuple(weight.parts().tensors().values()) if isinstance(weight, QTensor) else codes
+    codes = _codes(weight) if isinstance(weight, QTensor) else codes
     y = _Linear.apply(x, weight, recipe, recipe.operands, has, torch.is_grad_enabled(), *codes)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def _codes(weight: QTensor) -> tuple[Tensor, ...]:
+    """The tensors of a weight's codes, read by attribute: torch.compile follows no method of a tensor that answers Parts."""
+    packed = {name: getattr(weight, weight._prefix + name) for name in weight._names}
+    if weight.spec.layout == "plain" and packed["qdata"].shape == weight.shape:  # codes of 8 bits lie as they are
+        return tuple(packed.values())
+    return tuple(layout_of(weight.spec.layout).unpack(packed, weight.spec).tensors().values())
 
 
 class _Linear(torch.autograd.Function):

@@ -161,13 +161,18 @@ def unknown(module: nn.Module) -> str:
     return f"{type(module).__name__} has no forward of its own, so who multiplies its experts is not known."
 
 
+def is_converted(module: nn.Module) -> bool:
+    """Whether `adopt` was done."""
+    return isinstance(module, _Experts)
+
+
 def adopt(module: nn.Module, recipe: Recipe) -> None:
     """Let a module's grouped products run by a recipe."""
     # torch.compile asks a mode about the functions of this set alone, and torch's list leaves out the one with an underscore.
     from torch._dynamo.variables.torch import get_overridable_functions
 
     get_overridable_functions().update(_FUNCTIONS)
-    if not isinstance(module, _Experts):
+    if not is_converted(module):
         module.__class__ = _class_of(type(module))
     module.lowp_recipe = recipe  # type: ignore[assignment]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ from ..numerics import Format
 from ..ops.cast import cast_both, parts_of
 from ..tensor import QTensor
 from .linear import Linear
+from .moe import is_converted
 
 _NAMES = ("amax", "underflow", "saturation")
 
 
 class Monitor:
-    """Watches the converted layers of a model.
+    """Watches the converted linear layers of a model; of experts it says that they are not watched.
+
+    A model that torch.compile traces is watched too, but not in one graph: fullgraph=True is an error of torch's.
 
     Args:
         model: converted by `convert`. every: steps between two looks at underflow and saturation; a step ends at `flush`.
@@ -55,6 +59,12 @@ class Monitor:
         for name, layer in model.named_modules():
             if isinstance(layer, Linear):
                 self._hooks += self._watch(name, layer)
+        if experts := [name for name, module in model.named_modules() if is_converted(module)]:
+            warnings.warn(
+                f"Monitor watches linear layers: the products of {len(experts)} modules of experts ({', '.join(experts[:5])}) "
+                "are not looked at.",
+                stacklevel=2,
+            )
 
     def _watch(self, name: str, layer: Linear) -> list[Any]:
         def forward(layer: nn.Module, args: Any) -> None:
