@@ -157,8 +157,10 @@ def work(rank, world, port, device_type, folder):
             noise,
         ):  # one after the other: to start two processes takes longer than the work
             what(rank, device, dist.device_mesh.init_device_mesh(device_type, (world,)), folder)
+        dist.barrier()  # nobody leaves while the other still speaks
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # what a process group leaves running need not outlive Python's own end
 
 
 @pytest.mark.multi

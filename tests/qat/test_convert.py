@@ -558,6 +558,7 @@ def work(rank, world, port):
         dist.barrier()  # nobody leaves while the other still speaks
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # what a process group leaves running need not outlive Python's own end
 
 
 @pytest.mark.multi

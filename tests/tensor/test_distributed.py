@@ -71,8 +71,10 @@ def work(rank, world, port, what, device_type):
     dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=rank, world_size=world)
     try:
         what(rank, device, dist.device_mesh.init_device_mesh(device_type, (world,)))
+        dist.barrier()  # nobody leaves while the other still speaks
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # what a process group leaves running need not outlive Python's own end
 
 
 @pytest.mark.multi
