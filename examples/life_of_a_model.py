@@ -252,10 +252,21 @@ def served(model: Any, tokenizer: Any, folder: Path, args: argparse.Namespace) -
     return continuation(again, tokenizer, args.prompt, max_new_tokens=args.new_tokens, temperature=0.0).text
 
 
+def command_of(words: list[str]) -> str:
+    """The command as others would type it: a folder of this machine is named by its last part.
+
+    >>> command_of(["--steps", "9", "--out", "/somewhere/out"])
+    'python examples/life_of_a_model.py --steps 9 --out out'
+    """
+    parts = [option + ("=" if equals else "") + (Path(value).name if value.startswith("/") else value)
+             for option, equals, value in (word.rpartition("=") for word in words)]  # fmt: skip
+    return " ".join(["python examples/life_of_a_model.py", *parts])
+
+
 def record(evaluations: list[Evaluation], cases: list[Case], args: argparse.Namespace) -> None:
     """Append the figures to benchmarks/results/qat.csv."""
     recovered, rows = shares(evaluations), []
-    command = "python examples/life_of_a_model.py " + " ".join(sys.argv[1:])
+    command = command_of(sys.argv[1:])
     for one in evaluations:
         q, method = one.quality, one.name.rsplit(", ", 1)[1]
         more = dict(model=Path(args.start).name, scheme=one.scheme, method=method, steps=args.steps if method == "QAT" else 0,

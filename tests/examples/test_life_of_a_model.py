@@ -39,6 +39,11 @@ def test_short_form_recovers_what_rounding_lost(life, tmp_path):
     assert (tmp_path / "int2-g32" / "lowp.json").is_file()
 
 
+def test_a_recorded_command_names_no_folder_of_this_machine(life):
+    words = ["--steps", "9", "--out", "/somewhere/out", "--work=/else/where", "--start", "build/lm"]
+    assert life.command_of(words).endswith("--steps 9 --out out --work=where --start build/lm")
+
+
 def test_its_pieces(life):
     """What the short form would show only after a minute: batches, paces, shares."""
     stream = life.batches(torch.arange(100, dtype=torch.int32), 3, 10, torch.Generator().manual_seed(0))

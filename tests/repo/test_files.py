@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,16 @@ def test_examples_in_docstrings_hold(path: Path):
     module = importlib.import_module(".".join(["lowp", *parts]).removesuffix(".__init__"))
     result = doctest.testmod(module, globs=given | vars(module))
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_no_figure_names_a_folder_of_one_machine():
+    folders = re.compile(r"(?<![\w.])/(tmp|home|root|work|mnt|data|Users)/")
+    assert folders.search("--out /tmp/x") and not folders.search("tokens/s,1/2")
+    rows = (SOURCE.parents[1] / "benchmarks" / "results").glob("*.csv")
+    found = [
+        f"{path.name}:{i}"
+        for path in rows
+        for i, row in enumerate(path.open(encoding="utf-8"), 1)
+        if folders.search(row)
+    ]
+    assert not found, f"rows that name a folder of the machine they were measured on: {found}"
