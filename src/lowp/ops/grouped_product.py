@@ -5,10 +5,9 @@ Tokens are sorted by expert, offs says where each expert's end (as `torch._group
     y_TN[t]   = a_TK[t] b_ENK[e]^T            forward, and grad_input with (w^T)_EKN       offs[e - 1] <= t < offs[e]
     dw_ENK[e] = a_NT[:, e] b_KT[:, e]^T       grad_weight: what is summed is the expert's own tokens
 
-Groups are ragged, and tensor cores sum 16 or 32 numbers at a time. So `cast_groups`, which writes the forms of grad_weight, moves
-each group to a multiple of so many rows, with zeros below. The room for it does not depend on the data: T + E * multiple.
+Groups are ragged, so `cast_groups`, which writes the forms of grad_weight, moves each to a multiple of 128 places, with zeros below.
 
-Legend: T tokens of all experts, E experts, N output channels, K input channels, P = T with the rows of zeros.
+Legend: T tokens of all experts, E experts, N output channels, K input channels, P places: T with the rows of zeros.
 """
 
 from __future__ import annotations
@@ -17,80 +16,19 @@ import torch
 from torch import Tensor
 
 from ..errors import MisfitError
-from ..numerics import Format, Parts, dequantize, quantize
-from ..numerics.math import quantize_given
+from ..numerics import Format, Parts, dequantize
 from .cast import parts_of
 from .operator import define, plain
 from .product import case_of_product, formats, no_autocast
 from .registry import pick
 
 
-def cast_groups(x_TK: Tensor, offs: Tensor, fmt: str, multiple: int) -> list[Tensor]:
-    """Quantize the transpose of tokens by expert, along the tokens of each.
-
-    Args:
-        x_TK: (T, K), sorted by expert. offs: (E,) int32, where each expert's tokens end. fmt: a scale by "row" (here: for each
-            expert and column), or blocks of one row that divide `multiple`.
-
-    Returns:
-        Codes (K, P); scales (K, E) by row, or (K, P / block); and (E,) int32, where each group ends in P.
-    """
-    args = (x_TK, offs, fmt, multiple)
-    made: list[Tensor] = _cast_groups(*args) if plain(x_TK) else torch.ops.lowp.cast_groups(*args)
-    return made
-
-
-def padded(tokens: int, experts: int, multiple: int) -> int:
-    """P: room for every group, whatever their sizes."""
-    return (tokens + multiple - 1) // multiple * multiple + experts * multiple
-
-
-def placed(x_TK: Tensor, offs: Tensor, multiple: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(P, K) with the groups at multiples; the expert of each row, E for none; and where each group ends."""
-    (tokens, width), experts = x_TK.shape, offs.shape[0]
-    sizes = torch.diff(offs, prepend=offs.new_zeros(1))
-    ends = ((sizes + multiple - 1) // multiple * multiple).cumsum(0).to(torch.int32)
-    room, starts = padded(tokens, experts, multiple), ends - (sizes + multiple - 1) // multiple * multiple
-    t = torch.arange(tokens, device=x_TK.device, dtype=torch.int32)
-    expert_T = torch.searchsorted(offs, t, right=True)
-    within = expert_T.clamp(max=experts - 1)
-    to = torch.where(expert_T < experts, t - (offs - sizes)[within] + starts[within], room)  # nobody's tokens go below
-    out = x_TK.new_zeros((room + 1, width)).index_copy(0, to.long(), x_TK)[:room]
-    rows = torch.arange(room, device=x_TK.device, dtype=torch.int32)
-    return out, torch.searchsorted(ends, rows, right=True), ends
-
-
-def _cast_groups(x_TK: Tensor, offs: Tensor, fmt: str, multiple: int) -> list[Tensor]:
-    parsed, experts = Format.parse(fmt), offs.shape[0]
-    x_PK, expert_P, ends = placed(x_TK, offs, multiple)
-    if parsed.block != "row":
-        return [*quantize(x_PK.t().contiguous(), parsed).tensors().values(), ends]
-    index = expert_P.clamp(max=experts - 1)[:, None].expand_as(x_PK)
-    zeros = torch.zeros((experts, x_PK.shape[1]), device=x_PK.device)
-    amax_EK = zeros.scatter_reduce(0, index, x_PK.to(torch.float32).abs(), "amax")
-    scale_EK = quantize(amax_EK.reshape(-1, 1), parsed).scale
-    assert scale_EK is not None
-    scale_EK = scale_EK.reshape(amax_EK.shape)
-    alone = Format.parse(fmt.replace("/row", "/1x1"))
-    codes = quantize_given(x_PK, alone, scale_EK.to(torch.float32)[index[:, 0]])
-    return [codes.qdata.t().contiguous(), scale_EK.t().contiguous(), ends]
-
-
-def _groups_fake(x_TK: Tensor, offs: Tensor, fmt: str, multiple: int) -> list[Tensor]:
-    parsed, (tokens, width), experts = Format.parse(fmt), x_TK.shape, offs.shape[0]
-    room = padded(tokens, experts, multiple)
-    shape = (width, experts) if parsed.block == "row" else parsed.scale_shape((width, room))
-    scale = torch.float32 if parsed.scale == "fp32" else torch.float8_e8m0fnu
-    codes = x_TK.new_empty((width, room), dtype=parsed.element.dtype)
-    return [codes, x_TK.new_empty(shape, dtype=scale), torch.empty_like(offs)]
-
-
 def grouped_product(a: list[Tensor], b: list[Tensor], offs: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
     """Products by expert of two quantized operands.
 
     Args:
-        a, b: codes and scales of (T, K) and (E, N, K), for (T, N); or of (N, P) and (K, P) as `cast_groups` has them, for
-            (E, N, K). offs: (E,) int32, where the groups end in T or in P. scheme: "format of b@format of a".
+        a, b: codes and scales of (T, K) and (E, N, K), for (T, N), the stack in any strides with its last axis dense; or of
+            (N, P) and (K, P) as the columns of `cast_groups`, for (E, N, K). offs: (E,) int32, where the groups end in T or in P. scheme: "format of b@format of a".
 
     Returns:
         In `dtype`. Rows of tokens that belong to no expert are zeros or undefined.
@@ -122,7 +60,6 @@ def _product_fake(a: list[Tensor], b: list[Tensor], offs: Tensor, scheme: str, d
     return a[0].new_empty(shape, dtype=dtype)
 
 
-define("cast_groups", "(Tensor x, Tensor offs, str fmt, int multiple) -> Tensor[]", _cast_groups, _groups_fake)
 define(
     "grouped_product",
     "(Tensor[] a, Tensor[] b, Tensor offs, str scheme, ScalarType dtype) -> Tensor",

@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import MisfitError
 from ..ops.cast import cast_both
-from ..ops.grouped_product import cast_groups, grouped_product
+from ..ops.cast_groups import cast_groups, stack_form
+from ..ops.grouped_product import grouped_product
 from .recipes import Recipe, recipe_of
 
 
@@ -63,12 +64,10 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx: Any, x_TK: Tensor, w_ENK: Tensor, offs: Tensor, recipe: Recipe, training: bool) -> Tensor:  # type: ignore[override]
         of = recipe.operands
         ctx.recipe, ctx.w_dtype = recipe, w_ENK.dtype
-        kept = []
-        if training and ctx.needs_input_grad[1]:
-            kept = cast_groups(x_TK.detach(), offs, of.x_column, of.multiple) if of.x_column else [x_TK]
-        ctx.save_for_backward(offs, w_ENK, *kept)
-        x_row = cast_both(x_TK.detach(), of.x_row, None)
-        return grouped_product(x_row, _stack(w_ENK, str(of.w_row)), offs, recipe.output, x_TK.dtype)
+        keep = training and ctx.needs_input_grad[1]
+        x_row, kept = _cast(x_TK, offs, of.x_row, of.x_column if keep else None, of.counts[0])
+        ctx.save_for_backward(offs, w_ENK, *(kept or [x_TK] if keep else ()))
+        return grouped_product(x_row, stack_form(w_ENK, str(of.w_row)), offs, recipe.output, x_TK.dtype)
 
     @staticmethod
     @once_differentiable
@@ -76,23 +75,27 @@ class _Grouped(torch.autograd.Function):
         recipe, of = ctx.recipe, ctx.recipe.operands
         offs, w_ENK, *kept = ctx.saved_tensors
         dx = dw = None
-        if ctx.needs_input_grad[0]:
-            g_row = cast_both(g_TN, of.g_row, None)
-            dx = grouped_product(g_row, _stack(w_ENK.mT, str(of.w_column)), offs, recipe.grad_input, g_TN.dtype)
-        if ctx.needs_input_grad[1] and not recipe.grad_weight:
+        need_x, need_w = ctx.needs_input_grad[:2]
+        g_row, g_column = _cast(g_TN, offs, of.g_row if need_x else None, of.g_column if need_w else None, of.counts[4])
+        if need_x:
+            w_EKN = stack_form(w_ENK.mT, str(of.w_column))
+            dx = grouped_product(g_row, w_EKN, offs, recipe.grad_input, g_TN.dtype)
+        if need_w and not recipe.grad_weight:
             g_NT, x_TK = g_TN.to(torch.bfloat16).t(), kept[0].to(torch.bfloat16)
             dw = torch._grouped_mm(g_NT.contiguous(), x_TK.contiguous(), offs=offs).to(ctx.w_dtype)
-        elif ctx.needs_input_grad[1]:
-            *g_column, ends = cast_groups(g_TN, offs, str(of.g_column), of.multiple)
-            dw = grouped_product(g_column, kept[:-1], ends, recipe.grad_weight, g_TN.dtype).to(ctx.w_dtype)
+        elif need_w:
+            dw = grouped_product(g_column[:-1], kept[:-1], kept[-1], recipe.grad_weight, g_TN.dtype).to(ctx.w_dtype)
         return dx, dw, None, None, None
 
 
-def _stack(w_ENK: Tensor, fmt: str) -> list[Tensor]:
-    """A stack of experts by row: as one tall matrix, for scales belong to rows or parts of them."""
-    experts, rows, columns = w_ENK.shape
-    made = cast_both(w_ENK.detach().reshape(-1, columns), fmt, None)
-    return [tensor.view(experts, rows, -1) for tensor in made]
+def _cast(
+    x: Tensor, offs: Tensor, rows: str | None, columns: str | None, count: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of both forms, where they are asked for; those of columns with the ends of their groups."""
+    if columns is None:
+        return cast_both(x.detach(), rows, None) if rows else [], []
+    made = cast_groups(x.detach(), offs, rows, columns)
+    return (made[:count], made[count:]) if rows else ([], made)
 
 
 # -- modules ------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from ...ops.embedding import reference as embedding_reference
 from ...ops.fake_quantize import grad_reference as fake_quantize_grad_reference
 from ...ops.fake_quantize import reference as fake_quantize_reference
 from ...ops.grouped import reference as grouped_reference
+from ...ops.cast_groups import reference as groups_reference
 from ...ops.grouped_product import group_values
 from ...ops.grouped_product import reference as grouped_product_reference
 from ...ops.how import decoded, short, with_activation
@@ -174,6 +175,7 @@ KERNELS = (
     _last("product", "reference", product_reference, _DEFINITION, lambda case: _both_operands(case, "fp32")),
     _last("cast", "reference", cast_reference, _IN_TORCH, _cast_in_torch),
     _last("cast_both", "reference", both_reference, _IN_TORCH, _cast_in_torch),
+    _last("cast_groups", "reference", groups_reference, _IN_TORCH, _cast_in_torch),
     _last("fake_cast", "reference", fake_reference, _IN_TORCH, _cast_in_torch),
     _last("cast_codes_as", "reference", codes_reference, _IN_TORCH, _cast_in_torch),
     _last(
