@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import itertools
 import os
@@ -37,6 +38,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowp.numerics.compare import relative_error
+from lowp.ops.cast_groups import cast_groups, stack_form
+from lowp.ops.grouped_product import grouped_product
 from lowp.report.models import Decoder, model_of
 from lowp.report.results import append, row
 from lowp.train import RECIPES, convert, gather_codes, grouped_linear, precompute_scales
@@ -45,6 +49,9 @@ RESULTS = Path(__file__).parent / "results" / "training_gpu.csv"
 TINY = Decoder(hidden=128, intermediate=256, layers=1, heads=4, kv_heads=2, head_dim=32, vocabulary=512)
 OURS = "float8_tensorwise,float8_rowwise,float8_rowwise_gw_hp,float8_blockwise,mxfp8,int8"
 TORCHAO = {"tensorwise": "float8_tensorwise", "rowwise": "float8_rowwise", "rowwise_with_gw_hp": "float8_rowwise_gw_hp"}
+EXPERTS_NEAR = (
+    0.08  # how far the output and the gradients of experts may be from bf16's: 8 bits are off by 0.02 to 0.05
+)
 NEAR = 0.15  # a recipe's loss may be off by so much of bf16's: it is the mean square of what random layers make
 
 
@@ -150,7 +157,9 @@ class Rows:
         base_ms, base_gb = self.base.get((what, "compiled"), self.base.get((what, mode), (ms, gb)))
         eager = self.base.get((what, "eager"), (None, None))[0]
         label = f"{what} {recipe.removeprefix('float8_')} {mode}"
-        about = dict(library=library, recipe=recipe, mode=mode, tokens=self.bench.batch * self.bench.tokens)
+        about = dict(
+            library=library, recipe=recipe, mode=mode, tokens=more.get("tokens", self.bench.batch * self.bench.tokens)
+        )
         about["eager_ratio"] = round(eager / ms, 4) if eager and mode == "eager" else ""
         about["note"] = more.get("note", "")
         ratio = row(label, base_ms / ms, "times bf16 compiled", device=self.bench.device, **about)
@@ -159,6 +168,14 @@ class Rows:
         if gb:
             self.rows.append(row(f"{label} peak memory", gb, "GB", base_gb, device=self.bench.device, **about))
         print(f"{label:48} {library:8} {ms:10.2f} ms  {base_ms / ms:6.3f}x  {gb:7.2f} GB {about['note']}", flush=True)
+
+    def alone(self, what: str, recipe: str, value: float, unit: str, base: float, note: str, tokens: int) -> None:
+        """A figure with a baseline of its own."""
+        about = dict(library="lowp", recipe=recipe, mode="eager", tokens=tokens, eager_ratio="", note=note)
+        self.rows.append(
+            row(f"{what} {recipe.removeprefix('float8_')}", value, unit, base, device=self.bench.device, **about)
+        )
+        print(f"{what:48} {recipe:8} {value:10.2f} {unit}  {value / base:6.3f}x", flush=True)
 
     def refuse(self, label: str, why: str) -> None:
         """No row, and the reason."""
@@ -248,19 +265,51 @@ def experts(rows: Rows, recipes: list[str]) -> None:
 
         return run
 
+    wanted: list[Tensor] = []
     for recipe in ("bf16", *(name for name in recipes if not RECIPES[name].not_for_experts)):
-        note = f"{count} experts {n}x{k}, {tokens} tokens"
+        note, library = f"{count} experts {n}x{k}, uneven groups", "torch" if recipe == "bf16" else "lowp"
         try:
-            rows.add(
-                "experts",
-                "eager",
-                "torch" if recipe == "bf16" else "lowp",
-                recipe,
-                *timed(step(recipe), bench),
-                note=note,
-            )
+            y = step(recipe)()
+            found = [t.detach()[-1000:].clone() for t in (y, x.grad, w.grad[-1])]
+            wanted, y = wanted or found, None
+            off = max(float(relative_error(*pair)) for pair in zip(wanted, found, strict=True))
+            if not off <= EXPERTS_NEAR:
+                rows.refuse(f"experts {recipe}", f"its output or a gradient is off by {off:.3f} of bf16's")
+                continue
+            rows.add("experts", "eager", library, recipe, *timed(step(recipe), bench), note=note, tokens=tokens)
+            if bench.device == "cuda" and RECIPES.get(recipe, RECIPES["mxfp8"]).grad_weight.startswith("e4m3/row"):
+                products(rows, recipe, x.detach(), w.detach(), g, ends, note)
         except (RuntimeError, NotImplementedError) as error:
             rows.refuse(f"experts {recipe}", str(error).splitlines()[0][:160])
+
+
+def products(rows: Rows, recipe: str, x: Tensor, w: Tensor, g: Tensor, ends: Tensor, note: str) -> None:
+    """The three products of experts alone, beside torch's float8 product of 8192 x 8192 x 8192, and their casts alone."""
+    (tokens, k), n, bench, made = x.shape, w.shape[1], rows.bench, RECIPES[recipe]
+    of, square = made.operands, torch.randn(8192, 8192, device=x.device).to(torch.float8_e4m3fn)
+    one = torch.ones((), device=x.device)
+    dense = functools.partial(torch._scaled_mm, out_dtype=torch.bfloat16, use_fast_accum=True)
+    rate = 2 * 8192**3 / timed(lambda: dense(square, square.t(), one, one), bench)[0] / 1e9
+    x_parts, g_parts = cast_groups(x, ends, of.x_row, of.x_column), cast_groups(g, ends, of.g_row, of.g_column)
+    w_row, w_column = stack_form(w, of.w_row), stack_form(w.mT, of.w_column)
+    for name, scheme, a, b, offs in (
+        ("output", made.output, x_parts[:2], w_row, ends),
+        ("grad_input", made.grad_input, g_parts[:2], w_column, ends),
+        ("grad_weight", made.grad_weight, g_parts[2:4], x_parts[2:4], x_parts[4]),
+    ):
+        ms = timed(lambda a=a, b=b, offs=offs, scheme=scheme: grouped_product(a, b, offs, scheme, x.dtype), bench)[0]
+        rows.alone(f"experts {name} product", recipe, 2 * tokens * n * k / ms / 1e9, "TFLOP/s", rate, note, tokens)
+    for name, cast in (
+        ("x", lambda: cast_groups(x, ends, of.x_row, of.x_column)),
+        ("gradient", lambda: cast_groups(g, ends, of.g_row, of.g_column)),
+        ("weight by row", lambda: stack_form(w, of.w_row)),
+        ("weight by column", lambda: stack_form(w.mT, of.w_column)),
+    ):
+        source = {"x": x, "gradient": g}.get(name, w)
+        copied = timed(source.clone, bench)[0]
+        rows.alone(
+            f"experts cast of {name}", recipe, timed(cast, bench)[0], "ms", copied, f"{note}; baseline: a copy", tokens
+        )
 
 
 def sharded(size: Decoder, count: int, rows: Rows, recipes: list[str]) -> None:

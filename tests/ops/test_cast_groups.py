@@ -18,7 +18,8 @@ GROUPS = {
 # every division of the tokens, and every format once
 KERNELS = [
     (kernel, case, groups)
-    for kernel in kernels_of("cast_groups") for i, case in enumerate(kernel.cases) for groups in (GROUPS if i == 0 else ["ragged"])
+    for kernel in kernels_of("cast_groups") for i, case in enumerate(kernel.cases)
+    for groups in (["ragged"] if i else GROUPS)
 ]  # fmt: skip
 
 
@@ -26,7 +27,9 @@ def offsets(sizes, device):
     return torch.tensor(sizes, device=device).cumsum(0).to(torch.int32)
 
 
-@pytest.mark.parametrize(("kernel", "scheme", "groups"), KERNELS, ids=[f"{k.name}-{case}-{g}" for k, case, g in KERNELS])
+@pytest.mark.parametrize(
+    ("kernel", "scheme", "groups"), KERNELS, ids=[f"{k.name}-{case}-{g}" for k, case, g in KERNELS]
+)
 def test_kernels_write_the_bytes_of_the_reference(kernel, scheme, groups, device, poison):
     offs = offsets(GROUPS[groups], device)
     tokens = int(offs[-1]) + (20 if groups in ("none", "nobody") else 0)  # which belong to nobody

@@ -3,9 +3,9 @@
     rows        codes (T, K), scales along K: for a product over K, as `cast` answers them
     columns     codes (K, P), scales along the tokens of one expert: for grad_weight, which sums over them
 
-Groups are ragged, and a tensor core's operands are loaded 128 codes at a time. So the columns move each group to a multiple of 128
-places, with zeros below it, and a group of no tokens gets 128 zeros: torch's product wants no empty one. The room for it does not
-depend on the data: P = T + 128 E, rounded up.
+Groups are ragged, and a tensor core's operands are loaded 128 codes at a time. So the columns move each group to a multiple of
+128 places, with zeros below it, and a group of no tokens gets 128 zeros: torch's product wants no empty one. The room for it
+does not depend on the data: P = T + 128 E, rounded up.
 
 A stack of weights (E, N, K) is tokens too: E groups of N rows, whose columns are the weight's transpose by expert (`stack_form`).
 
@@ -120,7 +120,9 @@ def placed(x_TK: Tensor, offs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     t = torch.arange(tokens, device=x_TK.device, dtype=torch.int32)
     expert_T = torch.searchsorted(offs, t, right=True)
     within = expert_T.clamp(max=experts - 1)
-    to = torch.where(expert_T < experts, t - (offs - sizes)[within] + (ends - taken)[within], places)  # nobody's go below
+    to = torch.where(
+        expert_T < experts, t - (offs - sizes)[within] + (ends - taken)[within], places
+    )  # nobody's go below
     out = x_TK.new_zeros((places + 1, width)).index_copy(0, to.long(), x_TK)[:places]
     rows = torch.arange(places, device=x_TK.device, dtype=torch.int32)
     return out, torch.searchsorted(ends, rows, right=True), ends

@@ -5,7 +5,7 @@ Tokens are sorted by expert, offs says where each expert's end (as `torch._group
     y_TN[t]   = a_TK[t] b_ENK[e]^T            forward, and grad_input with (w^T)_EKN       offs[e - 1] <= t < offs[e]
     dw_ENK[e] = a_NT[:, e] b_KT[:, e]^T       grad_weight: what is summed is the expert's own tokens
 
-Groups are ragged, so `cast_groups`, which writes the forms of grad_weight, moves each to a multiple of 128 places, with zeros below.
+Groups are ragged, so `cast_groups`, which writes the forms of grad_weight, moves each to a multiple of 128 places, zeros below.
 
 Legend: T tokens of all experts, E experts, N output channels, K input channels, P places: T with the rows of zeros.
 """
@@ -28,7 +28,8 @@ def grouped_product(a: list[Tensor], b: list[Tensor], offs: Tensor, scheme: str,
 
     Args:
         a, b: codes and scales of (T, K) and (E, N, K), for (T, N), the stack in any strides with its last axis dense; or of
-            (N, P) and (K, P) as the columns of `cast_groups`, for (E, N, K). offs: (E,) int32, where the groups end in T or in P. scheme: "format of b@format of a".
+            (N, P) and (K, P) as the columns of `cast_groups`, for (E, N, K). offs: (E,) int32, where the groups end in T or in P.
+        scheme: "format of b@format of a".
 
     Returns:
         In `dtype`. Rows of tokens that belong to no expert are zeros or undefined.

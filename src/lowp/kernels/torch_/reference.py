@@ -26,11 +26,11 @@ from ...ops.cast import (
     why_not_interleaved,
 )
 from ...ops.cast import reference as cast_reference
+from ...ops.cast_groups import reference as groups_reference
 from ...ops.embedding import reference as embedding_reference
 from ...ops.fake_quantize import grad_reference as fake_quantize_grad_reference
 from ...ops.fake_quantize import reference as fake_quantize_reference
 from ...ops.grouped import reference as grouped_reference
-from ...ops.cast_groups import reference as groups_reference
 from ...ops.grouped_product import group_values
 from ...ops.grouped_product import reference as grouped_product_reference
 from ...ops.how import decoded, short, with_activation

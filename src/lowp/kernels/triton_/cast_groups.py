@@ -28,15 +28,13 @@ from .launch import aligned, begin, launch
 from .rounding import bits_of, encode, float_of, quotient, stored_scale, widen
 from .scales import power_scale
 
-_COLUMNS = 64  # that a program holds at a time
-_SPLIT = 2  # programs side by side over the columns of the same tokens
+_AMAXES, _CODES = (64, 2, 8), (64, 2, 8)  # columns at a time, programs side by side over the columns, warps
 
 
 @triton.jit
 def _group_of(offs_ptr, tile, T, E, LANES: tl.constexpr, S: tl.constexpr):
-    """The expert of so many tiles of S places (E: nobody's tokens; more: none at all), and its tokens in this tile, first to last.
-
-    Also whether the tile is the expert's first, and for each expert the tile that its places end in front of."""
+    """Of a tile of S places: its expert (E: nobody's tokens; more: none at all), its first token and the expert's last, whether
+    it is the expert's first tile, and for each expert the tile that its places end in front of."""
     lane = tl.arange(0, LANES)
     end = tl.load(offs_ptr + lane, mask=lane < E, other=0)
     end = tl.where(lane == E, T, end)
@@ -52,7 +50,7 @@ def _group_of(offs_ptr, tile, T, E, LANES: tl.constexpr, S: tl.constexpr):
     return expert, first, last, skipped == 0, below
 
 
-@triton.jit(do_not_specialize=["T", "E"])
+@triton.jit(do_not_specialize=["T", "E"], do_not_specialize_on_alignment=["offs_ptr"])
 def _group_amaxes_kernel(
     x_ptr, offs_ptr, row_ptr, column_ptr, ends_ptr, T, K, E, x_stride, S: tl.constexpr, C: tl.constexpr, SPLIT: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, EARLY: tl.constexpr,
@@ -105,7 +103,7 @@ def _coded(
     return code
 
 
-@triton.jit(do_not_specialize=["T", "E"])
+@triton.jit(do_not_specialize=["T", "E"], do_not_specialize_on_alignment=["offs_ptr"])
 def _group_codes_kernel(
     x_ptr, offs_ptr, row_ptr, column_ptr, r_ptr, rs_ptr, c_ptr, cs_ptr, T, K, E, P, x_stride, S: tl.constexpr, C: tl.constexpr,
     SPLIT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, RF: tl.constexpr, CF: tl.constexpr, EARLY: tl.constexpr,
@@ -130,7 +128,18 @@ def _group_codes_kernel(
             x = widen(tl.load(x_ptr + at * x_stride + k[None, :], mask=inside, other=0.0))
             if ROWS:
                 row_code = _coded(
-                    x, row_value[:, None], row_inverse[:, None], RF[0], RF[1], RF[2], RF[3], RF[4], RF[5], RF[6], RF[7], RF[9]
+                    x,
+                    row_value[:, None],
+                    row_inverse[:, None],
+                    RF[0],
+                    RF[1],
+                    RF[2],
+                    RF[3],
+                    RF[4],
+                    RF[5],
+                    RF[6],
+                    RF[7],
+                    RF[9],
                 )
                 tl.store(r_ptr + at * K + k[None, :], row_code, mask=inside)
             if expert < E:
@@ -165,15 +174,24 @@ def _run(x_TK: Tensor, offs: Tensor, rows: str, columns: str) -> list[Tensor]:
     made = [*(_empty(row_fmt, (tokens, width), (tokens, 1), device) if rows else (x_TK, x_TK))]
     made += _empty(column_fmt, (width, places), (experts, width), device)
     lanes, tiles = max(16, triton.next_power_of_2(experts + 1)), places // MULTIPLE + 1
-    key = (lanes, bool(rows), x_TK.dtype, aligned(x_TK), x_TK.stride(0) % 16, width % 16, offs.data_ptr() % 16, device.index)
-    tiling = (MULTIPLE, _COLUMNS, _SPLIT, lanes, bool(rows))
+    key = (lanes, bool(rows), x_TK.dtype, aligned(x_TK), x_TK.stride(0) % 16, width % 16, device.index)
     sizes = (tokens, width, experts)
+    columns_at, split, warps = _AMAXES
+    tiled = (MULTIPLE, columns_at, split, lanes, bool(rows))
     args = (x_TK, offs, of_rows, of_columns, ends, *sizes, x_TK.stride(0))
-    grid = (_SPLIT, tiles, 1)
-    launch(_group_amaxes_kernel, ("group amaxes", *key), grid, args, lambda: tiling, device, 8)
+    launch(_group_amaxes_kernel, ("group amaxes", _AMAXES, *key), (split, tiles, 1), args, lambda: tiled, device, warps)
+    columns_at, split, warps = _CODES
+    coded = (MULTIPLE, columns_at, split, lanes, bool(rows), _form(rows or columns, sm), _form(columns, sm))
     args = (x_TK, offs, of_rows, of_columns, *made, *sizes, places, x_TK.stride(0))
-    key = ("group codes", *key, rows, columns)
-    launch(_group_codes_kernel, key, grid, args, lambda: (*tiling, _form(rows or columns, sm), _form(columns, sm)), device, 8)
+    launch(
+        _group_codes_kernel,
+        ("group codes", _CODES, *key, rows, columns),
+        (split, tiles, 1),
+        args,
+        lambda: coded,
+        device,
+        warps,
+    )
     row_form = [made[0].view(row_fmt.element.dtype), made[1].view(ELEMENTS[str(row_fmt.scale)].dtype)] if rows else []
     scales = made[3].view(ELEMENTS[str(column_fmt.scale)].dtype)
     return [*row_form, made[2].view(column_fmt.element.dtype), scales.t(), ends]
