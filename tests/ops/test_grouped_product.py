@@ -7,7 +7,7 @@ from lowp.kernels.triton_ import interpreted
 from lowp.numerics import Format
 from lowp.numerics.compare import relative_error
 from lowp.ops import kernels_of
-from lowp.ops.cast import cast_both, parts_of
+from lowp.ops.cast import parts_of
 from lowp.ops.cast_groups import cast_groups, stack_form
 from lowp.ops.grouped_product import grouped_product, reference
 from lowp.ops.product import case_of_product
@@ -37,9 +37,8 @@ def operands(sizes, n, k, scheme, device):
 @pytest.mark.parametrize("groups", [*GROUPS, *LARGE])
 def test_kernels_match_the_reference(groups, scheme, dtype, device, poison):
     fmt, sizes = Format.parse(scheme.split("@")[0]), (GROUPS | LARGE)[groups]
-    if interpreted() and (groups, scheme, dtype) not in (("ragged", SCHEMES[1], torch.bfloat16), ("tiles", *SCHEMES[:1], dtype)):
-        return  # the interpreter is slow
-    for a, b, offs in operands(sizes, 144, 96 if "1x32" in scheme else 80, scheme, device):
+    slow = interpreted() and (groups, dtype) not in (("ragged", torch.bfloat16), ("tiles", torch.float32))
+    for a, b, offs in operands(sizes, *((160, 96) if "1x32" in scheme else (144, 80)), scheme, device):
         case = case_of_product(scheme, device, dtype, *b[0].shape[-2:], op="grouped_product")
         left, right = parts_of(a, fmt), parts_of(b, fmt)
         expected, ran = reference(left, right, offs, scheme, torch.float32), []
@@ -47,7 +46,7 @@ def test_kernels_match_the_reference(groups, scheme, dtype, device, poison):
         for kernel in kernels_of("grouped_product"):
             why = kernel.why_not(asked(kernel, case))
             assert not why or why.startswith("wants")
-            if not why:
+            if not why and not (slow and kernel.run.__module__.startswith("lowp.kernels.triton_.")):
                 y = kernel.run(left, right, offs, scheme, dtype)
                 assert (y.dtype, y.shape) == (dtype, expected.shape)
                 off = relative_error(expected[:end], y[:end]) if expected[:end].numel() else 0

@@ -177,20 +177,53 @@ def layouts(rank, device, mesh):
         assert relative_error(q.grad, p.grad.full_tensor()) < 1e-5
 
 
-def split_and_sharded(device, mesh):
-    """A split layer is gathered in floats, and that is said."""
+def split_and_sharded(device, shape):
+    """Layers split over some ranks and sharded over the others: codes of each rank's part travel, and the numbers the same."""
+    from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import parallelize_module
 
-    model, _ = build("float8_rowwise", device)
-    parallelize_module(model, mesh, {"0": ColwiseParallel()})
-    assert "split over ranks already" in gather_codes(model)["0"] and isinstance(model[2].weight, ShardedWeight)
+    both = dist.device_mesh.init_device_mesh(device.type, shape, mesh_dim_names=("data", "tensor"))
+    for name in [name for name in RECIPES if RECIPES[name].operands.w_column]:
+        model, alone = build(name, device, torch.float32)
+        parallelize_module(model, both["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        assert gather_codes(model) == {}, name
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=both["data"])
+        assert "sharded already" not in gather_codes(model).values() and precompute_scales(model) in (0, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        x = torch.randn(64, 256, device=device)
+        for seed in range(2):
+            with Bytes() as wire:
+                y = step(model, x, 0)
+            expected = step(alone, x, 0)
+            errors = [relative_error(expected, y)] + [
+                relative_error(q.grad, p.grad.full_tensor())
+                for p, q in zip(model.parameters(), alone.parameters(), strict=True)
+            ]
+            limit = 0.08 if name not in EXACT or name == "float8_blockwise" else 1e-5 if device.type == "cpu" else 0.01
+            assert all(error < limit for error in errors), (name, seed, errors)
+            if (
+                name == "float8_tensorwise" and shape[0] > 1
+            ):  # a rank gives its codes, of one byte, forward and backward
+                assert sum(wire.of("allgather")) == 2 * 2 * 256 * ROWS // (shape[0] * shape[1]), wire.given
+            optimizer.step()
+            with torch.no_grad():
+                for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+                    q.copy_(p.full_tensor())
+            optimizer.zero_grad(), alone.zero_grad()
+            precompute_scales(model)
+
+
+def split_and_sharded_over_four(rank, device, mesh):
+    split_and_sharded(device, (2, 2))
 
 
 def tensor_parallel(rank, device, mesh):
     from torch.distributed.tensor.parallel import parallelize_module
 
     world = mesh.size()
-    split_and_sharded(device, mesh)
+    split_and_sharded(device, (1, 2))
+    split_and_sharded(device, (2, 1))
     layouts(rank, device, mesh)
     split_by_recipes_of_your_own(rank, device, mesh)
     for sequence in (False, True):
@@ -306,6 +339,14 @@ def test_processes(what, world, device):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     mp.spawn(work, args=(world, port, what, device.type), nprocs=world)
+
+
+@pytest.mark.slow
+@pytest.mark.multi
+def test_four_processes(device):
+    if device.type == "cuda" and torch.cuda.device_count() < 4:
+        pytest.skip("needs 4 CUDA GPUs")
+    test_processes("split_and_sharded_over_four", 4, device)
 
 
 def test_styles_want_converted_layers_whose_weights_are_whole():

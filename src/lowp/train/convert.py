@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import LowpError, MisfitError
 from ..numerics import Format
@@ -26,7 +26,7 @@ from ..quantize.match import Predicate, Rule, Target, matched, table
 from . import moe
 from .linear import Linear
 from .recipes import Recipe, recipe_of
-from .sharded import ShardedWeight
+from .sharded import ShardedWeight, local_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def revert(model: nn.Module) -> nn.Module:
     'Linear'
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
-    bound = [n for n, m in layers.items() if m.split is not None or isinstance(_local(m.weight), ShardedWeight)]
+    bound = [n for n, m in layers.items() if m.split is not None or isinstance(local_of(m.weight), ShardedWeight)]
     if bound:
         raise MisfitError(
             f"revert wants layers whose weights are whole and plain, got {', '.join(bound[:5])}: call it before gather_codes and "
@@ -135,11 +135,6 @@ def revert(model: nn.Module) -> nn.Module:
         else:
             moe.revert(module)
     return model
-
-
-def _local(weight: Tensor) -> Tensor:
-    local: Tensor = getattr(weight, "_local_tensor", weight)
-    return local
 
 
 def too_small(recipe: Recipe, rows: int, columns: int) -> bool:

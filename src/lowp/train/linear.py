@@ -71,12 +71,12 @@ def linear(
             "lowp.train.revert(model) before lowp.quantize_, and give tied weights one recipe."
         )
     has = "codes by row" if isinstance(weight, QTensor) else "codes" if codes and recipe.operands.w_column else "floats"
-    codes = _codes(weight) if isinstance(weight, QTensor) else codes
+    codes = codes_of(weight) if isinstance(weight, QTensor) else codes
     y = _Linear.apply(x, weight, recipe, recipe.operands, has, torch.is_grad_enabled(), *codes)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _codes(weight: QTensor) -> tuple[Tensor, ...]:
+def codes_of(weight: QTensor) -> tuple[Tensor, ...]:
     """The tensors of a weight's codes, read by attribute: torch.compile follows no method of a tensor that answers Parts."""
     packed = {name: getattr(weight, weight._prefix + name) for name in weight._names}
     if weight.spec.layout == "plain" and packed["qdata"].shape == weight.shape:  # codes of 8 bits lie as they are

@@ -80,6 +80,7 @@ class _Grouped(torch.autograd.Function):
         if need_x:
             w_EKN = stack_form(w_ENK.mT, str(of.w_column))
             dx = grouped_product(g_row, w_EKN, offs, recipe.grad_input, g_TN.dtype)
+            del w_EKN, g_row  # their memory serves the product below
         if need_w and not recipe.grad_weight:
             g_NT, x_TK = g_TN.to(torch.bfloat16).t(), kept[0].to(torch.bfloat16)
             dw = torch._grouped_mm(g_NT.contiguous(), x_TK.contiguous(), offs=offs).to(ctx.w_dtype)

@@ -29,6 +29,7 @@ from ..ops.cast import cast_both, parts_of
 from ..tensor import QTensor
 from .linear import Linear
 from .moe import is_converted
+from .sharded import local_of
 
 _NAMES = ("amax", "underflow", "saturation")
 
@@ -70,7 +71,7 @@ class Monitor:
         def forward(layer: nn.Module, args: Any) -> None:
             of = layer.recipe.operands
             self._look(name, "x", args[0], of.x_row)
-            if not isinstance(layer.weight, QTensor):  # gathered codes: their floats are on other ranks
+            if not isinstance(local_of(layer.weight), QTensor):  # gathered codes: their floats are on other ranks
                 self._look(name, "w", layer.weight, of.w_row)
 
         def after(layer: nn.Module, args: Any, y: Tensor) -> None:

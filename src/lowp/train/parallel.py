@@ -32,7 +32,8 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..errors import MisfitError
 from ..numerics import Format
 from ..ops.cast import cast_both, cast_turned, part_names
-from .linear import Linear, filled, multiply
+from ..tensor import QTensor
+from .linear import Linear, codes_of, filled, multiply
 from .recipes import Operands, Recipe
 from .sharded import ShardedWeight, stored_scale
 
@@ -79,7 +80,7 @@ class _Style(ParallelStyle):
         if isinstance(module.weight, (DTensor, ShardedWeight)):
             raise MisfitError(
                 f"{type(self).__name__} wants a weight that is whole, got a {type(module.weight).__name__}: split layers first, "
-                "once, then call gather_codes for the others, then fully_shard."
+                "once, then call gather_codes, then fully_shard."
             )
         ranks, (rows, columns) = device_mesh.size(), module.weight.shape
         if (rows if self.colwise else columns) % ranks:
@@ -120,7 +121,8 @@ def split_linear(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe,
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     weight = weight.to_local() if isinstance(weight, DTensor) else weight
-    y = _SplitLinear.apply(x, weight, recipe, recipe.operands, split, torch.is_grad_enabled())
+    codes = codes_of(weight) if isinstance(weight, QTensor) else ()
+    y = _SplitLinear.apply(x, weight, recipe, recipe.operands, split, torch.is_grad_enabled(), *codes)
     if bias is None:
         return y
     local = bias.to_local() if isinstance(bias, DTensor) else bias
@@ -146,20 +148,22 @@ class _SumGrad(torch.autograd.Function):
 
 
 class _SplitLinear(torch.autograd.Function):
-    """x (..., K), w -> y (..., N) of one rank, and both gradients."""
+    """x (..., K), w -> y (..., N) of one rank, and both gradients. codes: of w by row, where FSDP gathered those."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, recipe: Recipe, of: Operands, split: _Split, training: bool) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, w: Tensor, recipe: Recipe, of: Operands, split: _Split, training: bool, *codes: Tensor
+    ) -> Tensor:
         ctx.recipe, ctx.of, ctx.split, ctx.w_dtype = recipe, of, split, w.dtype
         gather = split.colwise and split.sequence
         x_MK, lead = _by_rank(x, split.ranks if split.sequence and not split.colwise else 1)
         row, kept = _operand(x_MK, of.x_row, of.x_column, of, split, gather, training and ctx.needs_input_grad[1])
-        w_scale = _scale(w, of.w_row, split)
-        y = multiply(row, _parts(w, of.w_row, None, w_scale), recipe.output, x.dtype, fast=True)
+        w_row = list(codes) or _parts(w, of.w_row, None, _scale(w, of.w_row, split))
+        y = multiply(row, w_row, recipe.output, x.dtype, fast=True)
         if not split.colwise:
             y = _summed(y, split)
         ctx.lead, ctx.kept = lead, len(kept)
-        ctx.save_for_backward(w, *kept)
+        ctx.save_for_backward(*kept, *(codes or [w]))
         whole = split.ranks if gather else 1
         return _from_rank(y, lead, whole, split.ranks if split.sequence and not split.colwise else 1)
 
@@ -167,16 +171,15 @@ class _SplitLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         recipe, of, split = ctx.recipe, ctx.of, ctx.split
-        w, *kept = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        kept, w = saved[: ctx.kept], saved[ctx.kept :]
         gather = not split.colwise and split.sequence
         g_MN, lead = _by_rank(g, split.ranks if split.sequence and split.colwise else 1)
         need_x, need_w = ctx.needs_input_grad[:2]
         row, g_kept = _operand(g_MN, of.g_row, of.g_column, of, split, gather, need_w, recipe.stochastic)
         dx = dw = None
         if need_x:
-            w_scale = _scale(w, of.w_column, split)
-            w_column = _parts(w, None, of.w_column, w_scale) if of.w_column else [w.t()]
-            dx = multiply(row, w_column, recipe.grad_input, g.dtype)
+            dx = multiply(row, _turned(w, of, split, g.dtype), recipe.grad_input, g.dtype)
             dx = _summed(dx, split) if split.colwise else dx
             whole = split.ranks if gather else 1
             dx = _from_rank(dx, lead, whole, split.ranks if split.sequence and split.colwise else 1)
@@ -184,7 +187,14 @@ class _SplitLinear(torch.autograd.Function):
             g_T = _column(g_kept, of.g_row, of.g_column, of, gather and not recipe.stochastic, g.dtype)
             x_T = _column(kept, of.x_row, of.x_column, of, split.colwise and split.sequence, g.dtype)
             dw = multiply(g_T, x_T, recipe.grad_weight, g.dtype).to(ctx.w_dtype)
-        return dx, dw, None, None, None, None
+        return (dx, dw, *(None for _ in ctx.needs_input_grad[2:]))
+
+
+def _turned(w: list[Tensor], of: Operands, split: _Split, dtype: torch.dtype) -> list[Tensor]:
+    """The column form of a rank's weight: from its floats, or from the codes by row."""
+    if len(w) > 1:
+        return cast_turned(w, of.w_row or "", of.w_column or "", dtype)
+    return _parts(w[0], None, of.w_column, _scale(w[0], of.w_column, split)) if of.w_column else [w[0].t()]
 
 
 # -- tokens by rank -----------------------------------------------------------------------------------------------------------

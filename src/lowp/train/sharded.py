@@ -13,8 +13,8 @@ but with scales that are powers of two the smallest alone.
     each step:  forward, backward, optimizer.step(), precompute_scales(model)
 
 The parameter of a layer becomes a DTensor whose local tensor is a `ShardedWeight`: floats that know how they travel. Optimizers
-compute with those floats; what they make (states, gradients) are plain tensors. A checkpoint holds plain floats, and a layer
-that a style of `parallel.py` split is gathered in floats: `gather_codes` says so.
+compute with those floats; what they make (states, gradients) are plain tensors. A checkpoint holds plain floats. Of a layer that
+a style of `parallel.py` split first, FSDP gathers this rank's part; a scale of the tensor is that of all parts.
 
 Source: torch.distributed.fsdp, "all-gather extensions".
 """
@@ -50,7 +50,7 @@ class ShardedWeight(torch.Tensor):
     """A weight's floats, or a rank's rows of them, that FSDP2 gathers as codes.
 
     Args:
-        floats: (N, K) or a shard of it. recipe: of the layer.
+        floats: (N, K) or a shard of it. recipe: of the layer. split: the mesh over which a style split the layer, or None.
 
     Attributes:
         scale: () or None, the scale of the tensor as `precompute_scales` found it, for the numbers of that moment.
@@ -58,17 +58,20 @@ class ShardedWeight(torch.Tensor):
 
     floats: Tensor
     recipe: Recipe
+    split: Any
     scale: Tensor | None
     _writes: list[int]  # how often the numbers were written to, shared by all views of them
     _seen: tuple[int, int] | None
 
     @staticmethod
-    def __new__(cls: type[ShardedWeight], floats: Tensor, recipe: Recipe, scale: Tensor | None = None) -> ShardedWeight:
+    def __new__(
+        cls: type[ShardedWeight], floats: Tensor, recipe: Recipe, scale: Tensor | None = None, split: Any = None
+    ) -> ShardedWeight:
         self = torch.Tensor._make_wrapper_subclass(
             cls, floats.shape, strides=floats.stride(), storage_offset=floats.storage_offset(), dtype=floats.dtype,
             device=floats.device, requires_grad=floats.requires_grad,
         )  # fmt: skip
-        self.floats, self.recipe, self.scale = floats, recipe, scale
+        self.floats, self.recipe, self.scale, self.split = floats, recipe, scale, split
         self._writes, self._seen = [0], None
         return self
 
@@ -92,11 +95,12 @@ class ShardedWeight(torch.Tensor):
         return out
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["floats"] + (["scale"] if self.scale is not None else []), self.recipe
+        return ["floats"] + (["scale"] if self.scale is not None else []), (self.recipe, self.split)
 
     @classmethod
-    def __tensor_unflatten__(cls, tensors: Any, recipe: Any, outer_size: Any, outer_stride: Any) -> ShardedWeight:
-        return cls(tensors["floats"], recipe, tensors.get("scale"))
+    def __tensor_unflatten__(cls, tensors: Any, about: Any, outer_size: Any, outer_stride: Any) -> ShardedWeight:
+        recipe, split = about
+        return cls(tensors["floats"], recipe, tensors.get("scale"), split)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedWeight({self.recipe.name}, {self.floats})"
@@ -108,7 +112,7 @@ class ShardedWeight(torch.Tensor):
         return plain.__reduce_ex__(protocol)
 
     def _like(self, floats: Tensor, shares: bool) -> ShardedWeight:
-        made = ShardedWeight(floats, self.recipe)
+        made = ShardedWeight(floats, self.recipe, split=self.split)
         if shares:
             made._writes = self._writes
         return made
@@ -140,7 +144,7 @@ class ShardedWeight(torch.Tensor):
         if fmt.block == "tensor":
             scale = self.given_scale()
             if scale is None:
-                scale = _scales([self], _groups(mesh))[0]
+                scale = _scales([self], _groups(mesh) + (_groups(self.split) if self.split is not None else []))[0]
         made = cast_both(floats, str(fmt), None, act_scale=scale)
         shard = QTensor.from_parts(parts_of(made, fmt), str(fmt), dtype=mp_policy.param_dtype or floats.dtype)
         return to_gather(shard, (rows, columns))
@@ -180,11 +184,11 @@ def gather_codes(model: nn.Module) -> dict[str, str]:
     """
     left, made = {}, {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, Linear) or isinstance(layer.weight.data, ShardedWeight):
+        if not isinstance(layer, Linear) or isinstance(local_of(layer.weight), ShardedWeight):
             continue
         weight = layer.weight
-        if isinstance(weight, DTensor):
-            left[name] = "its weight is split over ranks already: codes of whole weights are gathered, not of parts"
+        if isinstance(weight, DTensor) and (layer.split is None or weight.device_mesh != layer.split.mesh):
+            left[name] = "its weight is sharded already: call gather_codes before fully_shard"
             continue
         if layer.recipe.operands.w_row is None or layer.recipe.operands.w_column is None:
             left[name] = f"{layer.recipe.name} multiplies the weight itself backward"
@@ -195,11 +199,20 @@ def gather_codes(model: nn.Module) -> dict[str, str]:
             left[name] = "its weight is tied to a layer that reads floats"
             continue
         if id(weight) not in made:
-            made[id(weight)] = nn.Parameter(
-                ShardedWeight(weight.data, layer.recipe), requires_grad=weight.requires_grad
-            )
+            made[id(weight)] = nn.Parameter(_travelling(weight, layer.recipe), requires_grad=weight.requires_grad)
         layer.weight = made[id(weight)]
     return left
+
+
+def _travelling(weight: Tensor, recipe: Recipe) -> Tensor:
+    """The same floats, or a rank's part of them, as a `ShardedWeight`."""
+    if not isinstance(weight, DTensor):
+        return ShardedWeight(weight.data, recipe)
+    mesh = weight.device_mesh
+    part = ShardedWeight(weight.to_local().detach(), recipe, split=mesh)
+    return DTensor.from_local(
+        part, mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
+    ).detach()
 
 
 def precompute_scales(model: nn.Module) -> int:
@@ -211,13 +224,19 @@ def precompute_scales(model: nn.Module) -> int:
     by_mesh: dict[Any, list[ShardedWeight]] = {}
     for layer in model.modules():
         weight = layer.weight if isinstance(layer, Linear) else None
-        local = getattr(weight, "_local_tensor", None)
+        local = None if weight is None else local_of(weight)
         if isinstance(local, ShardedWeight) and _row_format(local.recipe).block == "tensor":
             by_mesh.setdefault(weight.device_mesh, []).append(local)  # type: ignore[union-attr]
     for mesh, weights in by_mesh.items():
         for weight, scale in zip(weights, _scales(weights, _groups(mesh)), strict=True):
             weight.keep_scale(scale)
     return sum(map(len, by_mesh.values()))
+
+
+def local_of(weight: Tensor) -> Tensor:
+    """A rank's tensor of a DTensor, and any other itself."""
+    local: Tensor = getattr(weight, "_local_tensor", weight.data)
+    return local
 
 
 def _row_format(recipe: Recipe) -> Format:

@@ -28,7 +28,7 @@ from .launch import aligned, begin, launch
 from .rounding import bits_of, encode, float_of, quotient, stored_scale, widen
 from .scales import power_scale
 
-_AMAXES, _CODES = (64, 2, 8), (64, 2, 8)  # columns at a time, programs side by side over the columns, warps
+_AMAXES, _CODES = (64, 4, 4), (128, 4, 8)  # columns at a time, programs side by side over the columns, warps
 
 
 @triton.jit
