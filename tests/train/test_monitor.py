@@ -78,6 +78,17 @@ def test_a_lost_loss_names_its_layer(tmp_path):
     assert len(rows) == 10 and rows[-1]["amax"] == "nan"
 
 
+def test_a_long_run_keeps_its_looks_and_the_recent_steps():
+    model = build()
+    monitor = Monitor(model, every=5, recent=7)
+    for _ in range(31):
+        model(torch.ones(2, model[0].in_features)).sum().backward()
+        monitor.flush()
+    steps = sorted({row["step"] for row in monitor.history})
+    assert steps == [0, 5, 10, 15, 20, *range(24, 31)]
+    assert all((row["underflow"] is None) == bool(row["step"] % 5) for row in monitor.history)
+
+
 def test_the_microbatch_that_is_lost_is_found():
     model, x = build(), torch.randn(8, 64)
     monitor = Monitor(model, every=1)

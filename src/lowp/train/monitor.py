@@ -41,6 +41,7 @@ class Monitor:
 
     Args:
         model: converted by `convert`. every: steps between two looks at underflow and saturation; a step ends at `flush`.
+        recent: steps whose rows are all kept; of older ones those of a look alone, so that a long run does not fill the memory.
 
     Attributes:
         history: rows {"step", "layer", "operand", "amax", "underflow", "saturation"}; the last two are None between two looks.
@@ -53,8 +54,8 @@ class Monitor:
         [('0', 'x'), ('0', 'w'), ('0', 'g')]
     """
 
-    def __init__(self, model: nn.Module, *, every: int = 100) -> None:
-        self.every, self.step, self.history = every, 0, []  # type: ignore[var-annotated]
+    def __init__(self, model: nn.Module, *, every: int = 100, recent: int = 1000) -> None:
+        self.every, self.recent, self.step, self.history = every, recent, 0, []  # type: ignore[var-annotated]
         self._now: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         self._hooks = []
         for name, layer in model.named_modules():
@@ -104,6 +105,9 @@ class Monitor:
                 {"step": self.step, "layer": name, "operand": operand, **dict(zip(_NAMES, numbers, strict=True))}
             )
         self.history += rows
+        if self.step % self.every == 0:
+            oldest = self.step - self.recent
+            self.history = [row for row in self.history if row["step"] > oldest or row["step"] % self.every == 0]
         self.step += 1
         return rows
 

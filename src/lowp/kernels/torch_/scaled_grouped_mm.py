@@ -16,7 +16,8 @@ from ...numerics import Parts
 from ...ops.registry import Case, Kernel
 
 
-def _why_not(case: Case) -> str:
+def why_not_rows(case: Case) -> str:
+    """ "" or why a case is not float8 by row on a Hopper."""
     weight, act = case.weight, case.act
     wanted = {"e4m3/row", "e4m3/row*e8m0"}
     if act is None or {str(weight), str(act)} - wanted:
@@ -48,7 +49,7 @@ KERNELS = (
         name="scaled_grouped_mm",
         rank=200,
         layout="",
-        why_not=_why_not,
+        why_not=why_not_rows,
         run=scaled_grouped,
         how=lambda case: "native: float8 tensor cores by torch._scaled_grouped_mm",
         about="torch._scaled_grouped_mm",

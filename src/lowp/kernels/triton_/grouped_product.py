@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...numerics import Parts
-from ...ops.registry import Case, Kernel
-from ..torch_.scaled_grouped_mm import scaled_grouped
+from ...ops.registry import Kernel
+from ..torch_.scaled_grouped_mm import scaled_grouped, why_not_rows
 from . import interpreted
 from .launch import begin, launch
 
@@ -179,25 +179,13 @@ def _seen(size: int) -> int:
     return 1 if size == 1 else 16 if size % 16 == 0 else 0
 
 
-def _why_not(case: Case) -> str:
-    weight, act = case.weight, case.act
-    wanted = {"e4m3/row", "e4m3/row*e8m0"}
-    if act is None or {str(weight), str(act)} - wanted:
-        return f"wants e4m3 by row on both sides, got {case.scheme}"
-    if case.device != "cuda" or case.sm != 90:
-        return f"wants cuda and sm90, got {case.device} and sm{case.sm}"
-    if any(size % 16 for size in case.shape):
-        return f"wants N and K in multiples of 16, got {case.shape}"
-    return "" if case.dtype in ("bfloat16", "float32") else f"wants bfloat16, or float32 by way of it, got {case.dtype}"
-
-
 KERNELS = (
     Kernel(
         op="grouped_product",
         name="grouped_product",
         rank=50,
         layout="",
-        why_not=_why_not,
+        why_not=why_not_rows,
         run=_run,
         how=lambda case: "native: float8 tensor cores in Triton, all experts in one launch",
         about="float8 products by expert in Triton",
