@@ -20,10 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ...numerics import ELEMENTS, Format
-from ...ops.cast_groups import MULTIPLE, reference, room
+from ...ops.cast import cast_both
+from ...ops.cast_groups import MULTIPLE, placed, reference, room
 from ...ops.registry import Case, Kernel, device_capability
 from . import why_not_portable
 from .cast import constants_of
+from .cast_both import why_not_form
 from .launch import aligned, begin, launch
 from .rounding import bits_of, encode, float_of, quotient, stored_scale, widen
 from .scales import power_scale
@@ -216,11 +218,30 @@ def _why_not(case: Case) -> str:
     return "" if case.shape[-1] % 16 == 0 else f"wants K in multiples of 16, got {case.shape[-1]}"
 
 
+def _run_blocks(x_TK: Tensor, offs: Tensor, rows: str, columns: str) -> list[Tensor]:
+    """Scales of blocks: the tokens moved to their places, then cast as any matrix is."""
+    x_PK, _, ends = placed(x_TK, offs)
+    return [*(cast_both(x_TK, rows, None) if rows else []), *cast_both(x_PK, None, columns), ends]
+
+
+def _why_not_blocks(case: Case) -> str:
+    formats = [Format.parse(form) for form in case.scheme.split("@")]
+    if not formats[-1].block.startswith("1x"):
+        return f"wants columns in blocks of a row, got {formats[-1]}"
+    return why_not_portable(case) or why_not_form(formats[-1])
+
+
 KERNELS = (
     Kernel(
         op="cast_groups", name="cast_groups", rank=50, layout="", why_not=_why_not, run=_run,
         how=lambda case: "amax by token and by column of each expert, then codes of both forms in registers",
         cases=("e4m3/row*e8m0@e4m3/row*e8m0", "e4m3/row@e4m3/row", "e5m2/row@e4m3/row", "e4m3/row*e8m0"),
         about="tokens by expert and their transpose cast together, in Triton",
+    ),
+    Kernel(
+        op="cast_groups", name="cast_placed", rank=60, layout="", why_not=_why_not_blocks, run=_run_blocks,
+        how=lambda case: "tokens moved to their places by torch, then amax, scales and codes in registers",
+        cases=("e4m3/1x32*e8m0@e4m3/1x32*e8m0", "e4m3/1x128"),
+        about="tokens by expert moved by torch, then cast in blocks in Triton",
     ),
 )  # fmt: skip
