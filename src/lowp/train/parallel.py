@@ -155,7 +155,7 @@ class _SplitLinear(torch.autograd.Function):
         x_MK, lead = _by_rank(x, split.ranks if split.sequence and not split.colwise else 1)
         row, kept = _operand(x_MK, of.x_row, of.x_column, of, split, gather, training and ctx.needs_input_grad[1])
         w_scale = _scale(w, of.w_row, split)
-        y = multiply(row, _parts(w, of.w_row, None, w_scale), recipe.output, x.dtype, fast=True)
+        y = multiply(row, _parts(w, of.w_row, None, w_scale), recipe, "output", x.dtype)
         if not split.colwise:
             y = _summed(y, split)
         ctx.lead, ctx.kept = lead, len(kept)
@@ -176,14 +176,14 @@ class _SplitLinear(torch.autograd.Function):
         if need_x:
             w_scale = _scale(w, of.w_column, split)
             w_column = _parts(w, None, of.w_column, w_scale) if of.w_column else [w.t()]
-            dx = multiply(row, w_column, recipe.grad_input, g.dtype)
+            dx = multiply(row, w_column, recipe, "grad_input", g.dtype)
             dx = _summed(dx, split) if split.colwise else dx
             whole = split.ranks if gather else 1
             dx = _from_rank(dx, lead, whole, split.ranks if split.sequence and split.colwise else 1)
         if need_w:
             g_T = _column(g_kept, of.g_row, of.g_column, of, gather and not recipe.stochastic, g.dtype)
             x_T = _column(kept, of.x_row, of.x_column, of, split.colwise and split.sequence, g.dtype)
-            dw = multiply(g_T, x_T, recipe.grad_weight, g.dtype).to(ctx.w_dtype)
+            dw = multiply(g_T, x_T, recipe, "grad_weight", g.dtype).to(ctx.w_dtype)
         return dx, dw, None, None, None, None
 
 
