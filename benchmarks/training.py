@@ -350,6 +350,7 @@ def main() -> int:
     parser.add_argument("--what", default="layers,linears,experts")
     parser.add_argument("--recipes", default=OURS)
     parser.add_argument("--modes", default="compiled,eager")
+    parser.add_argument("--shapes", default="70B,8B", help="whose layers: 70B, 8B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--small", action="store_true", help="tiny layers, for a dry run")
@@ -371,9 +372,8 @@ def main() -> int:
     unknown = [name for name in recipes if name not in RECIPES]
     if unknown:
         parser.error(f"unknown recipes {unknown}: choose from {', '.join(RECIPES)}")
-    shapes = (
-        {"tiny": (TINY, 2)} if args.small else {"70B": (model_of("llama3-70b"), 2), "8B": (model_of("llama3-8b"), 3)}
-    )
+    shapes = {"70B": (model_of("llama3-70b"), 2), "8B": (model_of("llama3-8b"), 3)}
+    shapes = {"tiny": (TINY, 2)} if args.small else {name: shapes[name] for name in args.shapes.split(",")}
     for name, (size, count) in shapes.items():
         if "layers" in args.what:
             measure(name, lambda size=size, count=count: layers_of(size, count, bench), rows, recipes, modes)

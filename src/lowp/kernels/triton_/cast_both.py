@@ -106,7 +106,7 @@ def _coded(
 @triton.jit
 def _noise(seed, at):
     """Numbers in [0, 1), by place: multiply and fold, twice, by the constants of Wellons' search for little bias (lowbias32)."""
-    h = at.to(tl.uint32) ^ (seed * -1640531527).to(tl.uint32)  # 2**32 / golden ratio
+    h = at.to(tl.uint32) ^ (seed.to(tl.uint32) * 2654435769)  # 2**32 / golden ratio
     h = (h ^ (h >> 16)) * 0x7FEB352D
     h = (h ^ (h >> 15)) * 0x846CA68B + seed.to(tl.uint32)
     h = h ^ (h >> 16)
