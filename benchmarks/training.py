@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import importlib.util
 import itertools
 import math
@@ -211,6 +212,8 @@ def measure(
             ) as error:  # a guest's recipe that this device lacks
                 rows.refuse(label, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
             del model, x
+            step = None
+            gc.collect()  # a compiled model is a cycle: it would count as memory of the next
             if rows.bench.device == "cuda":
                 torch.cuda.empty_cache()
 

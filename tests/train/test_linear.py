@@ -6,6 +6,9 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
 from lowp.errors import MisfitError, SpellingError
@@ -215,6 +218,36 @@ def test_layers_that_read_one_tensor_share_its_cast(device, monkeypatch):
     assert module._LAST.x is None and module._LAST.parts == []  # nothing is held for a tensor that is gone
     outputs(x.detach())
     assert casts.count(x.shape) == 2  # what a user fills between steps is never taken for the same
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_compiled_graphs_share_casts_and_keep_codes_where_one_process_trains(alone, monkeypatch):
+    """Two layers read one x: one cast of x; the weights' both forms in forward, or by row and, for FSDP, again in backward."""
+    monkeypatch.setattr(sys.modules["lowp.train.linear"], "_alone", lambda: alone)
+    counts = {}
+
+    def counted(name):
+        def compiler(graph, _):
+            counts[name] = sum("cast_both" in str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=counted("forward"),
+        bw_compiler=counted("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    x, w, g = case(tokens=48)
+    torch._dynamo.reset()
+
+    def function(x, w):
+        return linear(x, w, None, "float8_tensorwise") + linear(x, w * 2, None, "float8_tensorwise")
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for eager, traced in zip(run(function, x, w, g), run(compiled, x, w, g), strict=True):
+        assert torch.equal(eager, traced)
+    assert counts == {"forward": 3, "backward": 1 if alone else 3}  # both layers have one gradient, too
 
 
 def test_a_weight_that_changes_inside_of_the_cache_is_said():

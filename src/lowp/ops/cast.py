@@ -103,6 +103,7 @@ def cast_both(
     act_scale: Tensor | None = None,
     multiple: int = 1,
     stochastic: bool = False,
+    after: Tensor | None = None,
 ) -> list[Tensor]:
     """Quantize a matrix for a product over its columns, and its transpose for a product over its rows.
 
@@ -111,6 +112,8 @@ def cast_both(
         act_scale: () or None, a static scale of formats with one scale for the tensor.
         multiple: rows of zeros are added below until M is a multiple, for the transposed form alone.
         stochastic: round at random, unbiased.
+        after: a tensor that must be there before, not looked at: a compiled graph moves no cast from backward to forward that
+            waits for a gradient.
 
     Returns:
         The tensors of the forms asked for, rows first, each in the order of `part_names` of its format: a Parts as
@@ -123,7 +126,7 @@ def cast_both(
     if plain(x_MK):
         return _cast_both(*args, stochastic)
     operator = torch.ops.lowp.cast_both_random if stochastic else torch.ops.lowp.cast_both
-    made: list[Tensor] = operator(*args)
+    made: list[Tensor] = operator(*args, after)
     return made
 
 
@@ -239,23 +242,26 @@ def _case_of_both(
     )
 
 
-def _both_fake(x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int) -> list[Tensor]:
+def _both_fake(
+    x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, after: Tensor | None
+) -> list[Tensor]:
     tokens, width = x.shape
     made = empty_parts(x, Format.parse(rows), (tokens, width)) if rows else []
     height = (tokens + multiple - 1) // multiple * multiple
     return made + (empty_parts(x, Format.parse(columns), (width, height)) if columns else [])
 
 
-def _cast_both_random(
-    x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int
-) -> list[Tensor]:  # fmt: skip
-    return _cast_both(x, rows, columns, act_scale, multiple, True)
-
-
 # Two operators: layers that read the same x (q, k and v) share one cast in a compiled graph, but no random draw is shared.
-_SCHEMA = "(Tensor x, str rows, str columns, Tensor? act_scale, int multiple) -> Tensor[]"
-define("cast_both", _SCHEMA, _cast_both, _both_fake)
-define("cast_both_random", _SCHEMA, _cast_both_random, _both_fake, random=True)
+_SCHEMA = "(Tensor x, str rows, str columns, Tensor? act_scale, int multiple, Tensor? after) -> Tensor[]"
+for _name, _random in (("cast_both", False), ("cast_both_random", True)):
+
+    def _operator(
+        x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, after: Tensor | None,
+        stochastic: bool = _random,
+    ) -> list[Tensor]:  # fmt: skip
+        return _cast_both(x, rows, columns, act_scale, multiple, stochastic)
+
+    define(_name, _SCHEMA, _operator, _both_fake, random=_random)
 define("cast_turned", "(Tensor[] tensors, str fmt, str to, ScalarType dtype) -> Tensor[]", _cast_turned, _turned_fake)
 
 
