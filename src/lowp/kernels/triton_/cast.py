@@ -48,7 +48,6 @@ from .rounding import (
     encode,
     quotient,
     rounded,
-    short_quotient,
     stored_scale,
     to_bf16,
     widen,
@@ -138,11 +137,8 @@ def _cast_kernel(
     if RECIPROCAL:
         q = x * inverse[:, None]
     else:
-        SHORT: tl.constexpr = not PRE and KIND != 0 and x_ptr.dtype.element_ty != tl.float32
-        if SHORT:  # bf16 or fp16 to float8 and smaller
-            q = short_quotient(x, value[:, None], STATIC)
-        else:
-            q = quotient(x, value[:, None], STATIC)
+        narrow: tl.constexpr = not PRE and KIND != 0 and x_ptr.dtype.element_ty != tl.float32
+        q = quotient(x, value[:, None], STATIC, narrow)
     if ZERO:
         q = (q + MAGIC - MAGIC) + zero[:, None]
     code, number = encode(q, KIND, MBITS, LOWEST, TOP, BITS, NAN, QMIN, QMAX)

@@ -30,7 +30,7 @@ from ...ops.registry import Case, Kernel, device_capability
 from . import why_not_portable
 from .cast import cast_tensors, constants_of, plan_of, why_not_format
 from .launch import aligned, begin, launch
-from .rounding import bits_of, encode, float_of, quotient, short_quotient, stored_scale, widen
+from .rounding import bits_of, encode, float_of, quotient, stored_scale, widen
 from .scales import power_scale
 
 _BLOCKS, _ROW, _TENSOR, _SQUARE = 0, 1, 2, 3  # who shares a scale: G numbers, a row, all, or a square
@@ -92,10 +92,7 @@ def _coded(
     if RECIPROCAL:
         q = x * inverse
     else:
-        if SHORT and F[0] != 0:
-            q = short_quotient(x, value, STATIC)
-        else:
-            q = quotient(x, value, STATIC)
+        q = quotient(x, value, STATIC, SHORT and F[0] != 0)
     if RANDOM:
         low = tl.floor(q)
         q = tl.where(noise < q - low, low + 1.0, low)
@@ -180,6 +177,7 @@ def _both_kernel(
     if COLUMNS:
         if RANDOM:
             noise = _noise(seed + 1, m[None, :].to(tl.int64) * K + k[:, None])
+        # x is turned, not its codes, even where both forms have the same: a turned tile of bytes came out wrong from Triton 3.6.
         turned = _codes_of(
             tl.trans(x), k, m, K, MP, column, row, column_ptr, given, cs_ptr, noise, CWHO, CG, STATIC, RANDOM, SHORT, C
         )
