@@ -6,15 +6,16 @@
     python benchmarks/training.py --device cpu --small --no-record         a dry run
 
     layers    so many of Llama's blocks, batch of 2 sequences of 8,192 tokens, compiled by the block and eager; median of steps
-    linears   the linear layers of one block alone, one after the other, eager and compiled: what casts cost
+    linears   the linear layers of one block alone, those that share an input in the block share it, eager and compiled
     experts   one grouped product of 16 experts 5120 x 8192, 131,072 tokens in uneven groups, forward and backward
     sharded   the layers under FSDP2 with codes gathered, and with floats gathered, in the same run
 
+A step is forward and backward from a fixed gradient of the output; gradients are cleared first, as an optimizer leaves them.
 Each row's baseline is bf16 compiled, in the same run (eager rows: also bf16 eager, in the column eager_ratio). torchao's recipes
 run beside ours where it is installed, on the same layers. Memory is the peak of one step, weights and activations included.
 
-Correct first: the loss of a recipe's step must be finite and near that of bf16, else it gets no row and the run ends with exit
-code 1. Rows go to results/training_gpu.csv.
+Correct first: the mean square of what a recipe's step answers must be near that of bf16 and its gradients finite, else it gets no
+row and the run ends with exit code 1. Rows go to results/training_gpu.csv.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import importlib.util
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -52,7 +55,7 @@ TORCHAO = {"tensorwise": "float8_tensorwise", "rowwise": "float8_rowwise", "roww
 EXPERTS_NEAR = (
     0.08  # how far the output and the gradients of experts may be from bf16's: 8 bits are off by 0.02 to 0.05
 )
-NEAR = 0.15  # a recipe's loss may be off by so much of bf16's: it is the mean square of what random layers make
+NEAR = 0.15  # a recipe's mean square may be off by so much of bf16's
 
 
 class Block(nn.Module):
@@ -90,15 +93,28 @@ class Bench:
     record: bool
 
 
-def step_of(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """Forward and backward; the loss is the mean square of the output."""
+def step_of(model: nn.Module, x: Tensor | list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Forward and backward, from a fixed gradient; answers the outputs."""
+    gradients: list[Tensor] = []
 
-    def step() -> Tensor:
-        loss = model(x).float().square().mean()
-        loss.backward()
-        return loss.detach()
+    def step() -> list[Tensor]:
+        for leaf in (*model.parameters(), *([x] if isinstance(x, Tensor) else x)):
+            leaf.grad = None
+        found = model(x)
+        outputs = [found] if isinstance(found, Tensor) else found
+        if not gradients:
+            gradients.extend(torch.randn_like(y) for y in outputs)
+        torch.autograd.backward(outputs, gradients)
+        return [y.detach() for y in outputs]
 
     return step
+
+
+def mean_square(step: Callable[[], list[Tensor]], model: nn.Module) -> float:
+    """Of a step's outputs; NaN where a gradient is not finite."""
+    outputs = step()
+    whole = all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    return sum(y.float().square().mean().item() for y in outputs) if whole else math.nan
 
 
 def timed(step: Callable[[], Any], bench: Bench) -> tuple[float, float]:
@@ -184,10 +200,10 @@ class Rows:
 
 
 def measure(
-    what: str, make: Callable[[], tuple[nn.Module, Tensor]], rows: Rows, recipes: list[str], modes: list[str]
+    what: str, make: Callable[[], tuple[nn.Module, Any]], rows: Rows, recipes: list[str], modes: list[str]
 ) -> None:
     """All variants of a model, in each mode."""
-    losses: dict[str, float] = {}
+    squares: dict[str, float] = {}
     for mode in modes:
         for library, recipe, converted in variants(recipes, rows.bench):
             torch.manual_seed(0)
@@ -200,10 +216,10 @@ def measure(
                     for block in model.children():
                         block.compile()
                 step = step_of(model, x)
-                loss = step().item()
-                wanted = losses.setdefault("bf16", loss)
-                if not abs(loss - wanted) <= NEAR * abs(wanted):
-                    rows.refuse(label, f"its loss is {loss}, that of bf16 {wanted}")
+                square = mean_square(step, model)
+                wanted = squares.setdefault("bf16", square)
+                if not abs(square - wanted) <= NEAR * abs(wanted):
+                    rows.refuse(label, f"its mean square is {square}, that of bf16 {wanted}")
                     continue
                 rows.add(what, mode, library, recipe, *timed(step, rows.bench))
             except (
@@ -213,6 +229,8 @@ def measure(
             ) as error:  # a guest's recipe that this device lacks
                 rows.refuse(label, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}")
             del model, x
+            step = None
+            gc.collect()  # a compiled model is a cycle: it would count as memory of the next
             if rows.bench.device == "cuda":
                 torch.cuda.empty_cache()
 
@@ -226,22 +244,24 @@ def layers_of(size: Decoder, count: int, bench: Bench) -> tuple[nn.Module, Tenso
 
 
 class Linears(nn.Module):
-    """The linear layers of a block alone: each gets tokens of its own width."""
+    """The linear layers of a block alone; those that read one tensor in the block do so here."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layer for layer in block.children() if isinstance(layer, nn.Linear))
+        self.layers = nn.ModuleDict({n: layer for n, layer in block.named_children() if isinstance(layer, nn.Linear)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, hidden)."""
-        wide = x.repeat(1, 1, -(-max(layer.in_features for layer in self.layers) // x.shape[-1]))
-        return sum(layer(wide[..., : layer.in_features]).float().square().mean() for layer in self.layers)  # type: ignore[return-value]
+    def forward(self, inputs: list[Tensor]) -> list[Tensor]:
+        """inputs: of q, k and v; of o; of gate and up; and of down, (B, T, width) each."""
+        reads = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+        return [layer(inputs[reads[name]]) for name, layer in self.layers.items()]
 
 
-def linears(size: Decoder, bench: Bench) -> tuple[nn.Module, Tensor]:
+def linears(size: Decoder, bench: Bench) -> tuple[nn.Module, list[Tensor]]:
     """`Linears` of one block, in a container whose child is compiled."""
     model, x = layers_of(size, 1, bench)
-    return nn.Sequential(Linears(model[0])), x.detach()
+    widths = [model[0].get_submodule(name).in_features for name in ("q_proj", "o_proj", "gate_proj", "down_proj")]
+    inputs = [torch.randn(*x.shape[:2], n, dtype=x.dtype, device=x.device, requires_grad=True) for n in widths]
+    return nn.Sequential(Linears(model[0])), inputs
 
 
 def experts(rows: Rows, recipes: list[str]) -> None:
@@ -382,6 +402,7 @@ def main() -> int:
     parser.add_argument("--what", default="layers,linears,experts")
     parser.add_argument("--recipes", default=OURS)
     parser.add_argument("--modes", default="compiled,eager")
+    parser.add_argument("--shapes", default="70B,8B", help="whose layers: 70B, 8B")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--small", action="store_true", help="tiny layers, for a dry run")
@@ -403,9 +424,8 @@ def main() -> int:
     unknown = [name for name in recipes if name not in RECIPES]
     if unknown:
         parser.error(f"unknown recipes {unknown}: choose from {', '.join(RECIPES)}")
-    shapes = (
-        {"tiny": (TINY, 2)} if args.small else {"70B": (model_of("llama3-70b"), 2), "8B": (model_of("llama3-8b"), 3)}
-    )
+    shapes = {"70B": (model_of("llama3-70b"), 2), "8B": (model_of("llama3-8b"), 3)}
+    shapes = {"tiny": (TINY, 2)} if args.small else {name: shapes[name] for name in args.shapes.split(",")}
     for name, (size, count) in shapes.items():
         if "layers" in args.what:
             measure(name, lambda size=size, count=count: layers_of(size, count, bench), rows, recipes, modes)

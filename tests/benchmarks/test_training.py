@@ -1,4 +1,4 @@
-"""benchmarks/training.py on tiny layers: every row has its baseline, and a recipe whose loss is off gets none."""
+"""benchmarks/training.py on tiny layers: every row has its baseline, and a recipe whose output is off gets none."""
 
 import csv
 import importlib.util
@@ -34,11 +34,11 @@ def test_a_dry_run_writes_rows(training, tmp_path, monkeypatch):
     assert all(float(row["value"]) > 0 and row["baseline"] for row in rows if row["unit"] == "ms")
 
 
-def test_a_recipe_whose_loss_is_off_gets_no_row(training, monkeypatch, capsys):
+def test_a_recipe_whose_output_is_off_gets_no_row(training, monkeypatch, capsys):
     bench = training.Bench(device="cpu", steps=1, batch=1, tokens=32, small=True, beside=False, record=False)
     monkeypatch.setattr(training, "convert", lambda model, name, **more: [p.data.mul_(3) for p in model.parameters()])
     rows = training.Rows(bench)
     training.measure("tiny", lambda: training.layers_of(training.TINY, 1, bench), rows, ["mxfp8"], ["eager"])
     assert rows.wrong == 1 and {row["recipe"] for row in rows.rows} == {"bf16"}
-    assert "no row, its loss is" in capsys.readouterr().out
+    assert "no row, its mean square is" in capsys.readouterr().out
     assert torch.is_grad_enabled()

@@ -1,10 +1,14 @@
 """The linear layer in low precision: every recipe against float64, against its own definition, and against itself compiled."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
 from lowp.errors import MisfitError, SpellingError
@@ -185,6 +189,65 @@ def test_cached_weights_and_checkpointing_change_no_number(name, device):
         kept = gradients(model)
         assert len(model[0].codes) >= 2 or name in ("mxfp4", "nvfp4")
     assert all(map(torch.equal, plain, kept)) and model[0].codes == ()
+
+
+def test_layers_that_read_one_tensor_share_its_cast(device, monkeypatch):
+    module = sys.modules["lowp.train.linear"]
+    casts = []
+    real = module.cast_both
+    monkeypatch.setattr(module, "cast_both", lambda x, *rest, **more: casts.append(x.shape) or real(x, *rest, **more))
+    x, w, g = case(device=device)
+    other = (w.detach() * 2).requires_grad_()
+
+    def outputs(h):
+        casts.clear()
+        return [linear(h, one, None, "float8_tensorwise") for one in (w, other)]
+
+    h = x * 1
+    found = outputs(h)
+    assert casts.count(h.shape) == 1
+    alone = [linear(x * 1, one, None, "float8_tensorwise") for one in (w, other)]
+    for a, b in zip(found, alone, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(*(torch.autograd.grad(y, x, g, retain_graph=True)[0] for y in (a, b)))
+    h = x * 1
+    first = linear(h, w, None, "float8_tensorwise")
+    h.mul_(2)  # another number now
+    assert torch.equal(linear(h, w, None, "float8_tensorwise"), first * 2)
+    del h, found, first
+    assert module._LAST.x is None and module._LAST.parts == []  # nothing is held for a tensor that is gone
+    outputs(x.detach())
+    assert casts.count(x.shape) == 2  # what a user fills between steps is never taken for the same
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_compiled_graphs_share_casts_and_keep_codes_where_one_process_trains(alone, monkeypatch):
+    """Two layers read one x: one cast of x; the weights' both forms in forward, or by row and, for FSDP, again in backward."""
+    monkeypatch.setattr(sys.modules["lowp.train.linear"], "_alone", lambda: alone)
+    counts = {}
+
+    def counted(name):
+        def compiler(graph, _):
+            counts[name] = sum("cast_both" in str(node.target) for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(
+        fw_compiler=counted("forward"),
+        bw_compiler=counted("backward"),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    x, w, g = case(tokens=48)
+    torch._dynamo.reset()
+
+    def function(x, w):
+        return linear(x, w, None, "float8_tensorwise") + linear(x, w * 2, None, "float8_tensorwise")
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for eager, traced in zip(run(function, x, w, g), run(compiled, x, w, g), strict=True):
+        assert torch.equal(eager, traced)
+    assert counts == {"forward": 3, "backward": 1 if alone else 3}  # both layers have one gradient, too
 
 
 def test_a_weight_that_changes_inside_of_the_cache_is_said():

@@ -103,6 +103,7 @@ def cast_both(
     act_scale: Tensor | None = None,
     multiple: int = 1,
     stochastic: bool = False,
+    after: Tensor | None = None,
 ) -> list[Tensor]:
     """Quantize a matrix for a product over its columns, and its transpose for a product over its rows.
 
@@ -111,6 +112,8 @@ def cast_both(
         act_scale: () or None, a static scale of formats with one scale for the tensor.
         multiple: rows of zeros are added below until M is a multiple, for the transposed form alone.
         stochastic: round at random, unbiased.
+        after: a tensor that must be there before, not looked at: a compiled graph moves no cast from backward to forward that
+            waits for a gradient.
 
     Returns:
         The tensors of the forms asked for, rows first, each in the order of `part_names` of its format: a Parts as
@@ -119,8 +122,11 @@ def cast_both(
     Raises:
         MisfitError: blocks that do not divide the shape.
     """
-    args = (x_MK, rows or "", columns or "", act_scale, multiple, stochastic)
-    made: list[Tensor] = _cast_both(*args) if plain(x_MK) else torch.ops.lowp.cast_both(*args)
+    args = (x_MK, rows or "", columns or "", act_scale, multiple)
+    if plain(x_MK):
+        return _cast_both(*args, stochastic)
+    operator = torch.ops.lowp.cast_both_random if stochastic else torch.ops.lowp.cast_both
+    made: list[Tensor] = operator(*args, after)
     return made
 
 
@@ -147,7 +153,7 @@ def _cast_turned(tensors: list[Tensor], fmt: str, to: str, dtype: torch.dtype) -
             tensor.t().clone(memory_format=torch.contiguous_format) for tensor in tensors
         ]  # never the operand itself
     values = dequantize(parts_of(tensors, parsed), parsed, torch.float32 if to else dtype)
-    return _cast_both(values, "", to, None, 1, False) if to else [values.t().contiguous()]
+    return _cast_both(values, "", to, None, 1) if to else [values.t().contiguous()]
 
 
 def _turned_fake(tensors: list[Tensor], fmt: str, to: str, dtype: torch.dtype) -> list[Tensor]:
@@ -210,7 +216,7 @@ def _kernel(op: str, x: Tensor, fmt: Format, act_scale: Tensor | None, pre_scale
 
 
 def _cast_both(
-    x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, stochastic: bool
+    x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, stochastic: bool = False
 ) -> list[Tensor]:
     extras = (("rows", rows), ("columns", columns), ("act_scale", act_scale is not None), ("stochastic", stochastic))
     device = x.device
@@ -237,7 +243,7 @@ def _case_of_both(
 
 
 def _both_fake(
-    x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, stochastic: bool
+    x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, after: Tensor | None
 ) -> list[Tensor]:
     tokens, width = x.shape
     made = empty_parts(x, Format.parse(rows), (tokens, width)) if rows else []
@@ -245,13 +251,17 @@ def _both_fake(
     return made + (empty_parts(x, Format.parse(columns), (width, height)) if columns else [])
 
 
-define(
-    "cast_both",
-    "(Tensor x, str rows, str columns, Tensor? act_scale, int multiple, bool stochastic) -> Tensor[]",
-    _cast_both,
-    _both_fake,
-    random=True,
-)
+# Two operators: layers that read the same x (q, k and v) share one cast in a compiled graph, but no random draw is shared.
+_SCHEMA = "(Tensor x, str rows, str columns, Tensor? act_scale, int multiple, Tensor? after) -> Tensor[]"
+for _name, _random in (("cast_both", False), ("cast_both_random", True)):
+
+    def _operator(
+        x: Tensor, rows: str, columns: str, act_scale: Tensor | None, multiple: int, after: Tensor | None,
+        stochastic: bool = _random,
+    ) -> list[Tensor]:  # fmt: skip
+        return _cast_both(x, rows, columns, act_scale, multiple, stochastic)
+
+    define(_name, _SCHEMA, _operator, _both_fake, random=_random)
 define("cast_turned", "(Tensor[] tensors, str fmt, str to, ScalarType dtype) -> Tensor[]", _cast_turned, _turned_fake)
 
 

@@ -6,7 +6,8 @@
 
 What is kept from forward to backward is the column form of x, in 8 bits, where it is quantized at all: half the bytes of bf16.
 The weight is not kept twice: backward casts it anew from the parameter, unless `cached_weights` holds both forms for the
-microbatches of a step, or FSDP gathered its codes (a QTensor; see `sharded.py`).
+microbatches of a step, FSDP gathered its codes (a QTensor; see `sharded.py`), or a graph compiled for one process keeps them
+from forward: that reads the weight once less, and a partitioner would do so anyway, for codes are smaller than the weight.
 
 The parameter stays what it was: a plain tensor, in its own dtype, for the optimizer and the state_dict alike.
 
@@ -16,7 +17,9 @@ Legend: M tokens, N output channels, K input channels.
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from ..errors import MisfitError
 from ..layouts import layout_of
 from ..ops.cast import cast_both, cast_turned
+from ..ops.operator import plain
 from ..ops.product import product
 from ..tensor import QTensor
 from .recipes import Operands, Recipe, recipe_of
@@ -98,14 +102,16 @@ class _Linear(torch.autograd.Function):
         ctx.recipe, ctx.of, ctx.has, ctx.w_dtype = recipe, of, has, w_NK.dtype
         keep_x, keep_w = training and ctx.needs_input_grad[1], training and ctx.needs_input_grad[0]
         n_x, n_w = of.counts[0], of.counts[2]
-        x_parts = _cast(x_MK, of.x_row, of.x_column if keep_x else None, of.multiple)
+        x_parts = _cast_input(x, x_MK, of.x_row, of.x_column if keep_x else None, of.multiple)
+        if has == "floats" and keep_w and of.w_column and torch.compiler.is_compiling() and _alone():
+            codes, ctx.has = tuple(_cast(w_NK, of.w_row, of.w_column)), "codes"
         w_row = list(codes[:n_w]) if codes else _cast(w_NK, of.w_row, None)
-        y_MN = multiply(x_parts[:n_x] or [x_MK], w_row or [w_NK], recipe.output, x_MK.dtype, fast=True)
+        y_MN = multiply(x_parts[:n_x] or [x_MK], w_row or [w_NK], recipe, "output", x_MK.dtype)
         kept_x = (x_parts[n_x:] or [x_MK]) if keep_x else []
-        if has == "floats":
+        if ctx.has == "floats":
             kept_w = [w_NK, *w_row[1:2]] if of.reuses_scale else [w_NK]
         else:
-            kept_w = w_row if has == "codes by row" else list(codes[n_w:])
+            kept_w = w_row if ctx.has == "codes by row" else list(codes[n_w:])
         ctx.n_x = len(kept_x)
         ctx.save_for_backward(*kept_x, *(kept_w if keep_w else ()))
         # As torch's linear: no view, so that FSDP's hooks and operations in place see a tensor of its own.
@@ -123,33 +129,71 @@ class _Linear(torch.autograd.Function):
         n_g = of.counts[4] if g_row else 0
         dx = dw = None
         if need_x:
-            w_column = _by_column(kept_w, of, ctx.has, g_MN.dtype)
-            dx = multiply(g_parts[:n_g] or [g_MN], w_column, recipe.grad_input, g_MN.dtype).view(ctx.shape)
+            w_column = _by_column(kept_w, of, ctx.has, g_MN)
+            dx = multiply(g_parts[:n_g] or [g_MN], w_column, recipe, "grad_input", g_MN.dtype).view(ctx.shape)
         if need_w:
             g_T = g_parts[n_g:] or [filled(g_MN, of).t()]
             x_T = kept_x if of.x_column else [filled(kept_x[0], of).t()]
-            dw = multiply(g_T, x_T, recipe.grad_weight, g_MN.dtype).to(ctx.w_dtype)
+            dw = multiply(g_T, x_T, recipe, "grad_weight", g_MN.dtype).to(ctx.w_dtype)
         return (dx, dw, None, None, None, None, *(None for _ in ctx.needs_input_grad[6:]))
 
 
-def _by_column(kept: list[Tensor], of: Operands, has: str, dtype: torch.dtype) -> list[Tensor]:
+def _alone() -> bool:
+    """Whether no other process trains this model: where FSDP shards it, codes kept from forward would be a second whole model."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def _by_column(kept: list[Tensor], of: Operands, has: str, g: Tensor) -> list[Tensor]:
     """The column form of the weight: kept, turned from the codes by row, or cast from the parameter."""
     if has == "codes by row":
-        return cast_turned(kept, of.w_row or "", of.w_column or "", dtype)
+        return cast_turned(kept, of.w_row or "", of.w_column or "", g.dtype)
     if has == "codes":
         return kept
     if of.w_column is None:
         return [kept[0].t()]
-    return _cast(kept[0], None, of.w_column, act_scale=kept[1] if len(kept) > 1 else None)
+    return _cast(kept[0], None, of.w_column, act_scale=kept[1] if len(kept) > 1 else None, after=g)
 
 
 def _cast(
     x: Tensor, rows: str | None, columns: str | None, multiple: int = 1, stochastic: bool = False,
-    act_scale: Tensor | None = None,
+    act_scale: Tensor | None = None, after: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     if rows is None and columns is None:
         return []
-    return cast_both(x.detach(), rows, columns, act_scale=act_scale, multiple=multiple, stochastic=stochastic)
+    more: dict[str, Any] = dict(act_scale=act_scale, multiple=multiple, stochastic=stochastic, after=after)
+    return cast_both(x.detach(), rows, columns, **more)
+
+
+class _Last(threading.local):
+    """The input that was cast last, weakly, and its codes: q, k and v read one x, so do gate and up."""
+
+    x: weakref.ref[Tensor] | None = None
+    key: Any = None
+    parts: list[Tensor] = []  # noqa: RUF012 -- replaced, never changed
+
+
+_LAST = _Last()
+
+
+def _cast_input(x: Tensor, x_MK: Tensor, rows: str | None, columns: str | None, multiple: int) -> list[Tensor]:
+    """The cast of an input, once for layers that read the same tensor one after another (a compiled graph finds them itself).
+
+    The codes go when x goes, or when another input is cast. Only tensors that a differentiable operation just made: what a user
+    fills anew between steps is never taken for the same."""
+    if not plain(x) or x.grad_fn is None or (rows is None and columns is None):
+        return _cast(x_MK, rows, columns, multiple)
+    key = (x._version, rows, columns, multiple)
+    if _LAST.x is None or _LAST.x() is not x or _LAST.key != key:
+        _LAST.parts = []  # before the new codes take their room
+        parts = _cast(x_MK, rows, columns, multiple)
+        last = _LAST.__dict__
+
+        def gone(ref: weakref.ref[Tensor]) -> None:
+            if last.get("x") is ref:
+                last.update(x=None, parts=[])
+
+        _LAST.x, _LAST.key, _LAST.parts = weakref.ref(x, gone), key, parts
+    return _LAST.parts
 
 
 def filled(x_MK: Tensor, of: Operands) -> Tensor:
@@ -159,12 +203,13 @@ def filled(x_MK: Tensor, of: Operands) -> Tensor:
     return torch.nn.functional.pad(x_MK, (0, 0, 0, -x_MK.shape[0] % of.multiple))
 
 
-def multiply(a: list[Tensor], b: list[Tensor], scheme: str, dtype: torch.dtype, *, fast: bool = False) -> Tensor:
-    """a b^T by a scheme of a recipe; operands in floats are themselves."""
+def multiply(a: list[Tensor], b: list[Tensor], recipe: Recipe, name: str, dtype: torch.dtype) -> Tensor:
+    """a b^T, as a recipe has its product `name`; operands in floats are themselves."""
+    scheme: str = getattr(recipe, name)
     if not scheme:
         return a[0].to(dtype) @ b[0].to(dtype).t()
     whole = scheme if "@" in scheme else f"{scheme}@{_FLOATS.get(dtype, 'fp32')}"
-    return product(a, b, whole, dtype, fast=fast)
+    return product(a, b, whole, dtype, fast=name in recipe.fast)
 
 
 # -- the module ---------------------------------------------------------------------------------------------------------------

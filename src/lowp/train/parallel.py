@@ -159,7 +159,7 @@ class _SplitLinear(torch.autograd.Function):
         x_MK, lead = _by_rank(x, split.ranks if split.sequence and not split.colwise else 1)
         row, kept = _operand(x_MK, of.x_row, of.x_column, of, split, gather, training and ctx.needs_input_grad[1])
         w_row = list(codes) or _parts(w, of.w_row, None, _scale(w, of.w_row, split))
-        y = multiply(row, w_row, recipe.output, x.dtype, fast=True)
+        y = multiply(row, w_row, recipe, "output", x.dtype)
         if not split.colwise:
             y = _summed(y, split)
         ctx.lead, ctx.kept = lead, len(kept)
@@ -179,14 +179,14 @@ class _SplitLinear(torch.autograd.Function):
         row, g_kept = _operand(g_MN, of.g_row, of.g_column, of, split, gather, need_w, recipe.stochastic)
         dx = dw = None
         if need_x:
-            dx = multiply(row, _turned(w, of, split, g.dtype), recipe.grad_input, g.dtype)
+            dx = multiply(row, _turned(w, of, split, g.dtype), recipe, "grad_input", g.dtype)
             dx = _summed(dx, split) if split.colwise else dx
             whole = split.ranks if gather else 1
             dx = _from_rank(dx, lead, whole, split.ranks if split.sequence and split.colwise else 1)
         if need_w:
             g_T = _column(g_kept, of.g_row, of.g_column, of, gather and not recipe.stochastic, g.dtype)
             x_T = _column(kept, of.x_row, of.x_column, of, split.colwise and split.sequence, g.dtype)
-            dw = multiply(g_T, x_T, recipe.grad_weight, g.dtype).to(ctx.w_dtype)
+            dw = multiply(g_T, x_T, recipe, "grad_weight", g.dtype).to(ctx.w_dtype)
         return (dx, dw, *(None for _ in ctx.needs_input_grad[2:]))
 
 

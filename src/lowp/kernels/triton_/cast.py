@@ -137,7 +137,8 @@ def _cast_kernel(
     if RECIPROCAL:
         q = x * inverse[:, None]
     else:
-        q = quotient(x, value[:, None], STATIC)
+        narrow: tl.constexpr = not PRE and KIND != 0 and x_ptr.dtype.element_ty != tl.float32
+        q = quotient(x, value[:, None], STATIC, narrow)
     if ZERO:
         q = (q + MAGIC - MAGIC) + zero[:, None]
     code, number = encode(q, KIND, MBITS, LOWEST, TOP, BITS, NAN, QMIN, QMAX)

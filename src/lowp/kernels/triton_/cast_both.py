@@ -2,14 +2,16 @@
 
     rows      codes (M, K), scales along K: for the product over K        columns     codes (K, M), scales along M: over M
 
-A program holds a square of the matrix. Scales of blocks (1x32, 1x128, 128x128) are found inside of it, so x is read once and
+A program holds a tile of the matrix. Scales of blocks (1x32, 1x128, 128x128) are found inside of it, so x is read once and
 both forms are written: 2 bytes in and 2 out for float8. One scale for a row, a column or the matrix needs magnitudes from other
-squares: a launch before this one finds all three at once, as maxima of bits (NaN is the largest of them), and x is read twice.
+tiles: a launch before this one finds all three at once, as maxima of bits (NaN is the largest of them), and x is read twice.
 
 The bytes are those of `numerics.quantize`, exactly; rounded at random (integers alone) they are not compared but unbiased:
-floor(q), or one more where Philox's number for this place is below q - floor(q).
+floor(q), or one more where the random number of this place is below q - floor(q). That number is a hash of place and seed, 12
+instructions where Philox takes over a hundred: a gradient's rounding asks for numbers without bias and without a pattern that
+its neighbours share, not for a generator's guarantees.
 
-Legend: M rows, K columns, S the side of the square, G numbers along the summed axis that share a scale.
+Legend: M rows, K columns, TM x TK a tile, G numbers along the summed axis that share a scale.
 """
 
 from __future__ import annotations
@@ -32,147 +34,155 @@ from .rounding import bits_of, encode, float_of, quotient, stored_scale, widen
 from .scales import power_scale
 
 _BLOCKS, _ROW, _TENSOR, _SQUARE = 0, 1, 2, 3  # who shares a scale: G numbers, a row, all, or a square
-_LONGEST = 128  # numbers along an axis that share a scale inside a square
+_LONGEST = 128  # numbers along an axis that share a scale inside a tile
+_AMAX_TILE = (32, 128, 8)  # rows and columns of a tile, and how many of them a program looks at
 
 
 @triton.jit
-def _square(x_ptr, M, K, x_stride, S: tl.constexpr):
-    m = tl.program_id(1) * S + tl.arange(0, S)
-    k = tl.program_id(0) * S + tl.arange(0, S)
+def _tile(x_ptr, m, k, M, K, x_stride):
     inside = (m[:, None] < M) & (k[None, :] < K)
-    x = widen(tl.load(x_ptr + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0))
-    return x, m, k
+    return widen(tl.load(x_ptr + m[:, None].to(tl.int64) * x_stride + k[None, :], mask=inside, other=0.0))
 
 
 @triton.jit(do_not_specialize=["M"])
 def _amaxes_kernel(
-    x_ptr, row_ptr, column_ptr, M, K, x_stride, S: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, EARLY: tl.constexpr
+    x_ptr, row_ptr, column_ptr, M, K, x_stride, TM: tl.constexpr, TK: tl.constexpr, TIMES: tl.constexpr, ROW: tl.constexpr,
+    COLUMN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The largest magnitudes, as bits: of rows and columns (1), or of all (2), where they are asked for."""
+    """The largest magnitudes, as bits: of rows and columns (1), or of all (2), where they are asked for.
+
+    A program goes down TIMES tiles, the next on its way while it looks at one; what columns and the whole need leaves it once."""
     begin(EARLY)
-    x, m, k = _square(x_ptr, M, K, x_stride, S)
-    bits = bits_of(x) & 0x7FFFFFFF
-    if ROW == 1:
-        tl.atomic_max(row_ptr + m, tl.max(bits, axis=1), mask=m < M)
+    k = tl.program_id(0) * TK + tl.arange(0, TK)
+    m = tl.program_id(1) * TIMES * TM + tl.arange(0, TM)
+    end = tl.minimum(M, (tl.program_id(1) + 1) * TIMES * TM)
+    largest = tl.zeros((TM, TK), tl.int32)
+    coming = _tile(x_ptr, m, k, end, K, x_stride)
+    for _ in range(TIMES):
+        bits = bits_of(coming) & 0x7FFFFFFF
+        coming = _tile(x_ptr, m + TM, k, end, K, x_stride)
+        largest = tl.maximum(largest, bits)
+        if ROW == 1:
+            tl.atomic_max(row_ptr + m, tl.max(bits, axis=1), mask=m < M, sem="relaxed")
+        m += TM
     if COLUMN == 1:
-        tl.atomic_max(column_ptr + k, tl.max(bits, axis=0), mask=k < K)
+        tl.atomic_max(column_ptr + k, tl.max(largest, axis=0), mask=k < K, sem="relaxed")
     if ROW == 2:
-        tl.atomic_max(row_ptr, tl.max(bits))
+        tl.atomic_max(row_ptr, tl.max(largest), sem="relaxed")
     if ROW != 2 and COLUMN == 2:
-        tl.atomic_max(column_ptr, tl.max(bits))
+        tl.atomic_max(column_ptr, tl.max(largest), sem="relaxed")
 
 
 @triton.jit
 def _coded(
-    x, amax, given, noise, STATIC: tl.constexpr, RANDOM: tl.constexpr, KIND: tl.constexpr, MBITS: tl.constexpr,
-    LOWEST: tl.constexpr, TOP: tl.constexpr, BITS: tl.constexpr, NAN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr,
-    LARGEST: tl.constexpr, RECIPROCAL: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr, RULE: tl.constexpr,
-    EMAX: tl.constexpr, ABOVE: tl.constexpr, OUTER: tl.constexpr,
+    x, amax, given, noise, STATIC: tl.constexpr, RANDOM: tl.constexpr, SHORT: tl.constexpr, F: tl.constexpr
 ):  # fmt: skip
-    """Codes of x and the scale as it is stored; amax: magnitudes by scale, in a shape that spreads over x."""
+    """Codes of x and the scale as it is stored; amax: magnitudes by scale, in a shape that spreads over x.
+
+    SHORT: x was bf16 or fp16. F: `constants_of` the format."""
+    SCALE: tl.constexpr = F[11]
+    RECIPROCAL: tl.constexpr = F[9]
     if SCALE == 4:
-        stored, value, inverse = power_scale(amax, RULE, EMAX, ABOVE, KIND == 0)
+        stored, value, inverse = power_scale(amax, F[12], F[13], F[14], F[0] == 0)
     else:
-        scale = tl.div_rn(amax, LARGEST)
+        scale = tl.div_rn(amax, F[8])
         if STATIC:
             scale = amax * 0.0 + given
         stored, value, inverse = stored_scale(scale, 1.0, SCALE)
     if RECIPROCAL:
         q = x * inverse
     else:
-        q = quotient(x, value, STATIC)
+        q = quotient(x, value, STATIC, SHORT and F[0] != 0)
     if RANDOM:
         low = tl.floor(q)
         q = tl.where(noise < q - low, low + 1.0, low)
-    code, _number = encode(q, KIND, MBITS, LOWEST, TOP, BITS, NAN, QMIN, QMAX)
+    code, _number = encode(q, F[0], F[1], F[2], F[3], F[4], F[5], F[6], F[7])
     return code, stored
+
+
+@triton.jit
+def _noise(seed, at):
+    """Numbers in [0, 1), by place: multiply and fold, twice, by the constants of Wellons' search for little bias (lowbias32)."""
+    h = at.to(tl.uint32) ^ (seed.to(tl.uint32) * 2654435769)  # 2**32 / golden ratio
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B + seed.to(tl.uint32)
+    h = h ^ (h >> 16)
+    return float_of((h >> 9).to(tl.int32) | 0x3F800000) - 1.0
+
+
+@triton.jit
+def _codes_of(
+    x, line, across, lines, width, row, column, amax_ptr, given, scale_ptr, noise, WHO: tl.constexpr, G: tl.constexpr,
+    STATIC: tl.constexpr, RANDOM: tl.constexpr, SHORT: tl.constexpr, F: tl.constexpr,
+):  # fmt: skip
+    """Codes of a tile whose scales lie along its rows; the scales are stored.
+
+    line, across: where the tile stands in a matrix (lines, width); row, column: which tile it is."""
+    LINES: tl.constexpr = x.shape[0]
+    WIDTH: tl.constexpr = x.shape[1]
+    one = tl.zeros((1, 1), tl.int32)
+    bits = bits_of(x) & 0x7FFFFFFF
+    if WHO == 0:
+        PARTS: tl.constexpr = WIDTH // G
+        part = column * PARTS + tl.arange(0, PARTS)
+        amax = float_of(tl.max(tl.reshape(bits, (LINES, PARTS, G)), axis=2, keep_dims=True))
+        if RANDOM:
+            noise = tl.reshape(noise, (LINES, PARTS, G))
+        code, stored = _coded(tl.reshape(x, (LINES, PARTS, G)), amax, given, noise, STATIC, RANDOM, SHORT, F)
+        code = tl.reshape(code, (LINES, WIDTH))
+        to = scale_ptr + line[:, None].to(tl.int64) * (width // G) + part[None, :]
+        tl.store(to, tl.reshape(stored, (LINES, PARTS)), mask=(line[:, None] < lines) & (part[None, :] * G < width))
+    elif WHO == 1:
+        amax = float_of(tl.load(amax_ptr + line, mask=line < lines, other=0))[:, None]
+        code, stored = _coded(x, amax, given, noise, STATIC, RANDOM, SHORT, F)
+        begins = (line * 0 + column) == 0  # as a vector, which masks want
+        tl.store(scale_ptr + line, tl.reshape(stored, (LINES,)), mask=(line < lines) & begins)
+    elif WHO == 2:
+        amax = float_of(one)
+        if not STATIC:
+            amax = float_of(tl.load(amax_ptr + one))
+        code, stored = _coded(x, amax, given, noise, STATIC, RANDOM, SHORT, F)
+        tl.store(scale_ptr + one, stored, mask=(one + row + column) == 0)
+    else:
+        code, stored = _coded(x, float_of(one + tl.max(bits)), given, noise, STATIC, RANDOM, SHORT, F)
+        tl.store(scale_ptr + one + row * tl.cdiv(width, WIDTH) + column, stored)
+    return code
 
 
 @triton.jit(do_not_specialize=["M", "seed"])
 def _both_kernel(
-    x_ptr, given_ptr, row_ptr, column_ptr, r_ptr, rs_ptr, c_ptr, cs_ptr, M, K, MP, x_stride, seed, S: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RWHO: tl.constexpr, RG: tl.constexpr, CWHO: tl.constexpr, CG: tl.constexpr,
-    STATIC: tl.constexpr, RANDOM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, given_ptr, row_ptr, column_ptr, r_ptr, rs_ptr, c_ptr, cs_ptr, M, K, MP, x_stride, seed, TM: tl.constexpr,
+    TK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RWHO: tl.constexpr, RG: tl.constexpr,
+    CWHO: tl.constexpr, CG: tl.constexpr, STATIC: tl.constexpr, RANDOM: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One square of both forms. R and C are `constants_of` their formats; MP: M with the rows of zeros below."""
+    """One tile of both forms. R and C are `constants_of` their formats; MP: M with the rows of zeros below.
+
+    The last tiles go first: the launch before this one has just read them."""
     begin(EARLY)
-    x, m, k = _square(x_ptr, M, K, x_stride, S)
-    bits = bits_of(x) & 0x7FFFFFFF
+    row, column = tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
+    m, k = row * TM + tl.arange(0, TM), column * TK + tl.arange(0, TK)
+    x = _tile(x_ptr, m, k, M, K, x_stride)
+    SHORT: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     given = 1.0
     if STATIC:
         given = widen(tl.load(given_ptr))
     noise = 0.0
-    first_k = (m * 0 + tl.program_id(0)) == 0  # as vectors, which masks want
-    first_m = (k * 0 + tl.program_id(1)) == 0
-    one = tl.zeros((1, 1), tl.int32)
-    first = (one + tl.program_id(0) + tl.program_id(1)) == 0
-    if RWHO == 3 or CWHO == 3:
-        whole = float_of(one + tl.max(bits))
-    elif STATIC:
-        whole = float_of(one)
-    elif RWHO == 2:
-        whole = float_of(tl.load(row_ptr + one))
-    elif CWHO == 2:
-        whole = float_of(tl.load(column_ptr + one))
-    else:
-        whole = float_of(one)
     at = m[:, None].to(tl.int64) * K + k[None, :]
-
     if ROWS:
         if RANDOM:
-            noise = tl.rand(seed, at)
-        if RWHO == 0:
-            GROUPS: tl.constexpr = S // RG
-            group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-            amax = float_of(tl.max(tl.reshape(bits, (S, GROUPS, RG)), axis=2, keep_dims=True))
-            spread = tl.reshape(noise, (S, GROUPS, RG)) if RANDOM else noise
-            code, stored = _coded(tl.reshape(x, (S, GROUPS, RG)), amax, given, spread, STATIC, RANDOM, *R)
-            code = tl.reshape(code, (S, S))
-            here = (m[:, None] < M) & (group[None, :] * RG < K)
-            tl.store(
-                rs_ptr + m[:, None].to(tl.int64) * (K // RG) + group[None, :],
-                tl.reshape(stored, (S, GROUPS)),
-                mask=here,
-            )
-        else:
-            amax = whole
-            if RWHO == 1:
-                amax = float_of(tl.load(row_ptr + m, mask=m < M, other=0))[:, None]
-            code, stored = _coded(x, amax, given, noise, STATIC, RANDOM, *R)
-            if RWHO == 1:
-                tl.store(rs_ptr + m, tl.reshape(stored, (S,)), mask=(m < M) & first_k)
-            elif RWHO == 2:
-                tl.store(rs_ptr + one, stored, mask=first)
-            else:
-                tl.store(rs_ptr + one + tl.program_id(1) * tl.cdiv(K, S) + tl.program_id(0), stored)
+            noise = _noise(seed, at)
+        code = _codes_of(x, m, k, M, K, row, column, row_ptr, given, rs_ptr, noise, RWHO, RG, STATIC, RANDOM, SHORT, R)
         tl.store(r_ptr + at, code, mask=(m[:, None] < M) & (k[None, :] < K))
-
     if COLUMNS:
         if RANDOM:
-            noise = tl.rand(seed + 1, at)
-        if CWHO == 0:
-            DOWN: tl.constexpr = S // CG
-            below = tl.program_id(1) * DOWN + tl.arange(0, DOWN)
-            amax = float_of(tl.max(tl.reshape(bits, (DOWN, CG, S)), axis=1, keep_dims=True))
-            spread = tl.reshape(noise, (DOWN, CG, S)) if RANDOM else noise
-            code, stored = _coded(tl.reshape(x, (DOWN, CG, S)), amax, given, spread, STATIC, RANDOM, *C)
-            code = tl.reshape(code, (S, S))
-            here = (k[:, None] < K) & (below[None, :] * CG < MP)
-            to = cs_ptr + k[:, None].to(tl.int64) * (MP // CG) + below[None, :]
-            tl.store(to, tl.trans(tl.reshape(stored, (DOWN, S))), mask=here)
-        else:
-            amax = whole
-            if CWHO == 1:
-                amax = float_of(tl.load(column_ptr + k, mask=k < K, other=0))[None, :]
-            code, stored = _coded(x, amax, given, noise, STATIC, RANDOM, *C)
-            if CWHO == 1:
-                tl.store(cs_ptr + k, tl.reshape(stored, (S,)), mask=(k < K) & first_m)
-            elif CWHO == 2:
-                tl.store(cs_ptr + one, stored, mask=first)
-            else:
-                tl.store(cs_ptr + one + tl.program_id(0) * tl.cdiv(MP, S) + tl.program_id(1), stored)
+            noise = _noise(seed + 1, m[None, :].to(tl.int64) * K + k[:, None])
+        # x is turned, not its codes, even where both forms have the same: a turned tile of bytes came out wrong from Triton 3.6.
+        turned = _codes_of(
+            tl.trans(x), k, m, K, MP, column, row, column_ptr, given, cs_ptr, noise, CWHO, CG, STATIC, RANDOM, SHORT, C
+        )
         to = c_ptr + k[:, None].to(tl.int64) * MP + m[None, :]
-        tl.store(to, tl.trans(code), mask=(k[:, None] < K) & (m[None, :] < MP))
+        tl.store(to, turned, mask=(k[:, None] < K) & (m[None, :] < MP))
 
 
 # -- what is fixed for a format ---------------------------------------------------------------------------------------
@@ -229,8 +239,9 @@ def _run(
     tokens, width = x_MK.shape
     if not x_MK.numel() or (act_scale is not None and act_scale.numel() != 1):
         return both_reference(x_MK, rows, columns, act_scale, multiple, stochastic)
-    if rows and not columns and not stochastic and not why_not_format(Format.parse(rows), width):
-        made_rows = cast_tensors(x_MK, plan_of(Format.parse(rows), width, x_MK.device), None, act_scale)
+    form = Format.parse(rows or columns)
+    if not columns and not stochastic and form.block != "tensor" and not why_not_format(form, width):
+        made_rows = cast_tensors(x_MK, plan_of(form, width, x_MK.device), None, act_scale)
         return [made_rows.codes, made_rows.scale]  # a row in registers: x is read once
     x_MK = x_MK if x_MK.stride(1) == 1 else x_MK.contiguous()
     device, height = x_MK.device, -(-tokens // multiple) * multiple
@@ -240,34 +251,42 @@ def _run(
         None if form is None else _empty(form, shape, device)
         for form, shape in zip(forms, ((tokens, width), (width, height)), strict=True)
     ]
-    squares = [form.group for form in forms if form is not None and form.who == _SQUARE]
-    side = squares[0] if squares else _LONGEST if any(form and form.group > 64 for form in forms) else 64
-    grid = (-(-width // side), -(-height // side), 1)
-    amaxes = _amaxes(x_MK, forms, side, grid) if act_scale is None else (x_MK, x_MK)
+    tile, warps = _tile_of(forms)
+    grid = (-(-width // tile[1]), -(-height // tile[0]), 1)
+    amaxes = _amaxes(x_MK, forms) if act_scale is None else (x_MK, x_MK)
     seed = int(torch.randint(0, 2**31 - 1, ())) if stochastic else 0
     row_form, column_form = (form or next(other for other in forms if other) for form in forms)
     pointers = [tensor for pair in made for tensor in (pair or (x_MK, x_MK))]
     args = (x_MK, act_scale, *amaxes, *pointers, tokens, width, height, x_MK.stride(0), seed)
     static, random = act_scale is not None, stochastic
     key = (
-        "both", rows, columns, side, static, random, x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), _seen(height),
+        "both", rows, columns, static, random, x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), _seen(height),
         None if act_scale is None else act_scale.dtype, device.index,
     )  # fmt: skip
 
     def constants() -> tuple[Any, ...]:
         return (
-            side, bool(rows), bool(columns), row_form.who if rows else -1, row_form.group,
+            *tile, bool(rows), bool(columns), row_form.who if rows else -1, row_form.group,
             column_form.who if columns else -1, column_form.group, static, random,
             row_form.constants, column_form.constants,
         )  # fmt: skip
 
-    launch(_both_kernel, key, grid, args, constants, device, 8 if side > 64 else 4)
+    launch(_both_kernel, key, grid, args, constants, device, 8 if stochastic else warps)
     return [
         tensor.view(dtype)
         for form, pair in zip(forms, made, strict=True)
         if form is not None and pair is not None
         for tensor, dtype in zip(pair, (form.fmt.element.dtype, form.scale), strict=True)
     ]
+
+
+def _tile_of(forms: list[_Form | None]) -> tuple[tuple[int, int], int]:
+    """Rows and columns of a tile, and its warps: a square that shares a scale, or 64 numbers a thread, whole blocks."""
+    squares = [form.group for form in forms if form is not None and form.who == _SQUARE]
+    if squares:
+        return (squares[0], squares[0]), 8 if squares[0] > 64 else 4
+    tall = forms[1] is not None and forms[1].group > 64
+    return ((128, 128), 8) if tall else ((64, 128), 4)
 
 
 def _seen(size: int) -> int:
@@ -282,20 +301,22 @@ def _empty(form: _Form, shape: tuple[int, int], device: torch.device) -> tuple[T
     return torch.empty(shape, dtype=form.kept, device=device), torch.empty(scales, dtype=kept, device=device)
 
 
-def _amaxes(x_MK: Tensor, forms: list[_Form | None], side: int, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Magnitudes of rows and columns, or of all, where a scale is shared by more than a square."""
+def _amaxes(x_MK: Tensor, forms: list[_Form | None]) -> tuple[Tensor, Tensor]:
+    """Magnitudes of rows and columns, or of all, where a scale is shared by more than a tile."""
     who = [form.who if form is not None and form.who in (_ROW, _TENSOR) else 0 for form in forms]
     if not any(who):
         return x_MK, x_MK
+    (tokens, width), (tile_m, tile_k, times) = x_MK.shape, _AMAX_TILE
     sizes = [{_ROW: length, _TENSOR: 1}.get(one, 0) for one, length in zip(who, x_MK.shape, strict=True)]
     start = -(-sizes[0] // 4) * 4  # at a multiple of 16 bytes, as a compiled kernel was told that pointers are
     both = torch.zeros(start + sizes[1], dtype=torch.int32, device=x_MK.device)
     of_rows, of_columns = both[: sizes[0]], both[start:]
     if who == [_TENSOR, _TENSOR]:
         of_columns = of_rows
-    key = ("amaxes", tuple(who), side, x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), x_MK.device.index)
-    args = (x_MK, of_rows, of_columns, *x_MK.shape, x_MK.stride(0))
-    launch(_amaxes_kernel, key, grid, args, lambda: (side, *who), x_MK.device, 8 if side > 64 else 4)
+    key = ("amaxes", tuple(who), x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), x_MK.device.index)
+    args = (x_MK, of_rows, of_columns, tokens, width, x_MK.stride(0))
+    grid = (-(-width // tile_k), -(-tokens // (tile_m * times)), 1)
+    launch(_amaxes_kernel, key, grid, args, lambda: (*_AMAX_TILE, *who), x_MK.device, 4)
     return of_rows, of_columns
 
 

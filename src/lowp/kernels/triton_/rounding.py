@@ -3,7 +3,8 @@
 What exactness asks for:
   - Triton's `/` is approximate on a GPU. A quotient is x * (1 / s), corrected by the remainder with fused multiply-adds, both
     operands first moved by the power of two that brings s to [1, 2): as IEEE's division, bit for bit (Markstein, "IA-64 and
-    elementary functions", section 8). The interpreter does not fuse, there it is numpy's division.
+    elementary functions", section 8). The interpreter does not fuse, there it is numpy's division. Numbers that were bf16 or
+    fp16 need one correction, where only the element that the quotient is rounded to counts (see `quotient`).
   - Integers are rounded by adding 1.5 * 2**23, which leaves them in the low bits: nearest, ties to even.
   - float8 is the hardware's own conversion from sm89 on (saturating, NaN kept), elsewhere arithmetic as in `Element.encode`.
 """
@@ -69,25 +70,38 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def quotient(x, s, STATIC: tl.constexpr):
+def quotient(x, s, STATIC: tl.constexpr, NARROW: tl.constexpr = False):
     """x / s, rounded as IEEE rounds; s is positive, infinite or NaN, one for each row of the tile.
 
-    A quotient beyond 2**59 may come out smaller."""
+    NARROW: x has at most 11 significant bits (bf16, fp16) and the quotient is only rounded to float8 or smaller. Then one
+    correction is enough. After it q is off by 2**-46 of itself before it is rounded, so it differs from IEEE's only next to the
+    middle of two floats, and that matters only if one of these is the middle of two elements, m of 5 bits. With S the 24 bits of
+    s: |X 2**e - S (m 2**20 +- 1)| <= 8, X of 11 bits, e >= 36. So S = c 2**20 + t with |t| <= 8 and t m +- c = 0, which leaves
+    S = 2**24 - 1 and X a power of two alone; there q is right (tried). A quotient beyond 2**59 may come out smaller."""
     if _NO_FMA:
         return tl.div_rn(x, s)
     else:
-        exponent = tl.minimum(bits_of(s) & 0x7F800000, 0x7E800000)
-        shift = float_of(0x7F000000 - exponent)
-        shift = tl.where(s == float("inf"), 0.0, shift)
-        d = tl.where(s == float("inf"), 1.0, s * shift)
-        r = tl.div_rn(1.0, d)
-        a = x * shift
-        if STATIC:  # elsewhere x / s is at most the element's largest value
-            a = tl.where(a > _HUGE, _HUGE, tl.where(a < -_HUGE, -_HUGE, a))
+        a, d, r = _moved(x, s, STATIC)
         q = a * r
-        q = tl.fma(tl.fma(-q, d, a), r, q)
-        q = tl.fma(tl.fma(-q, d, a), r, q)
-        return float_of(bits_of(q) | (bits_of(x) & -2147483648))  # the sum of -0.0 and 0.0 is 0.0
+        q = tl.fma(tl.fma(q, d, a), r, q)
+        if not NARROW:
+            q = tl.fma(tl.fma(q, d, a), r, q)
+        return q
+
+
+@triton.jit
+def _moved(x, s, STATIC: tl.constexpr):
+    """-x and s, moved by the power of two that brings s to [1, 2), and -1 / s.
+
+    With these signs no instruction only negates, and -0.0 stays: q = 0.0 r = -0.0, q d + a = 0.0, and 0.0 r + q = -0.0."""
+    exponent = tl.minimum(bits_of(s) & 0x7F800000, 0x7E800000)
+    shift = float_of(0x7F000000 - exponent)
+    shift = tl.where(s == float("inf"), 0.0, shift)
+    d = tl.where(s == float("inf"), 1.0, s * shift)
+    a = x * float_of(bits_of(shift) | -2147483648)
+    if STATIC:  # elsewhere x / s is at most the element's largest value
+        a = tl.where(a > _HUGE, _HUGE, tl.where(a < -_HUGE, -_HUGE, a))
+    return a, d, tl.div_rn(-1.0, d)
 
 
 @triton.jit
