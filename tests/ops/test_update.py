@@ -1,7 +1,8 @@
 """The ops adam, sgd and lion: against torch's optimizers in float32, and every kernel against the reference, byte for byte.
 
-Triton's kernels run in its interpreter on a CPU, which plays an sm90, and for real on a GPU. The parameter may differ in its last
-bit where square roots and quotients are not IEEE's. Codes and scales may not.
+Triton's kernels run in its interpreter on a CPU, which plays an sm90, and for real on a GPU. Codes and scales are compared bit
+for bit. So is the parameter, but for adam: the hardware's square root and quotient are each off by a bit or two of the movement,
+which is as much as many bits of a parameter that it nearly cancels.
 """
 
 import dataclasses
@@ -99,8 +100,14 @@ def is_exact(rule, device):
     return device.type == "cpu" and rule != "adam"
 
 
-def assert_same_slots(got, wanted, exact):
-    for a, b in zip(got, wanted, strict=True):
+MOVEMENT = (
+    4 * 2.0**-23
+)  # square root 2 bits, inverse 1, three roundings that a fused multiply-add leaves out: see PTX ISA 9.7.3
+
+
+def assert_same_slots(got, wanted, exact, before=None):
+    """before: the parameters before the step, where these may differ by a share of their movement."""
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
         for mine, theirs in zip(a.states, b.states, strict=True):
             for name in theirs:
                 x, y = (t[name].contiguous().view(torch.uint8) for t in (mine, theirs))
@@ -108,7 +115,10 @@ def assert_same_slots(got, wanted, exact):
         if exact:
             assert torch.equal(a.param, b.param)
         else:
-            torch.testing.assert_close(a.param, b.param, rtol=2 * torch.finfo(a.param.dtype).eps, atol=1e-7)
+            mine, theirs = a.param.double(), b.param.double()
+            moved = theirs - (before or wanted)[i].param.double()
+            allowed = 2 * torch.finfo(a.param.dtype).eps * theirs.abs() + MOVEMENT * moved.abs()
+            assert ((mine - theirs).abs() <= allowed).all(), ((mine - theirs).abs() / allowed).max().item()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -124,7 +134,7 @@ def test_every_kernel_writes_the_bytes_of_the_reference(rule, settings, scheme, 
         for kernel in able(rule, slots, grads, settings):
             mine = copied(slots)
             kernel.run(mine, grads, settings, number)
-            assert_same_slots(mine, expected, exact=is_exact(rule, device))
+            assert_same_slots(mine, expected, exact=is_exact(rule, device), before=slots)
 
 
 def test_the_kernels_are_those_that_the_formats_want(device):
@@ -151,7 +161,7 @@ def test_scaled_gradients_and_a_step_that_is_skipped(rule, device):
     for kernel in (*run, lambda *args: reference(rule, *args)):
         scaled, skipped = copied(slots), copied(slots)
         kernel(scaled, [grads[0] * 1024], settings, number, scale, zero)
-        assert_same_slots(scaled, expected, exact=is_exact(rule, device))
+        assert_same_slots(scaled, expected, exact=is_exact(rule, device), before=slots)
         kernel(skipped, [grads[0] * math.inf], settings, number, scale, one)
         assert_same_slots(skipped, slots, exact=True)
 
@@ -276,7 +286,7 @@ def test_sizes_of_many_tiles_and_of_none(rule, scheme, device, poison, monkeypat
                 results.append(copied(mine)) if step == 3 else None
             results.append(mine)
         for i in range(2, len(results), 2):
-            assert_same_slots(results[i], results[0], exact=is_exact(rule, device))
+            assert_same_slots(results[i], results[0], exact=is_exact(rule, device), before=slots)
             if is_exact(rule, device):
                 assert_same_slots(results[i + 1], results[1], exact=True)
             else:  # a last bit of the first step's parameter may reach the second step's states through weight decay
@@ -382,9 +392,12 @@ def test_tables_follow_gradients_that_move_and_go_with_their_parameters(device):
             grads = [torch.randn(slot.param.numel(), device=device).bfloat16() for slot in slots]
             kept.append(grads)
             number = coefficients("adam", settings, 1e-2, step)
+            start = copied(wanted)
             kernel.run(slots, grads, settings, number)
             reference("adam", wanted, grads, settings, number)
-            assert_same_slots(slots, wanted, exact=False)
+            assert_same_slots(slots, wanted, exact=False, before=start)
+            for mine, theirs in zip(slots, wanted, strict=True):  # the next step starts from the same numbers
+                mine.param.copy_(theirs.param)
     assert len(fused._PLANS) == before + 2
     del slots, wanted
     lists.clear()
