@@ -85,7 +85,7 @@ def test_it_is_the_optimizer_it_wraps(name, passes, offload, device):
     a, b = model(device), model(device)
     data = batches(device, 6)
     train(a, wrapped(a.parameters(), kind, device, lr=1e-2, **options), data, passes)
-    optimizer = CPUOffloadOptimizer(b.parameters(), kind, offload_gradients=offload, lr=1e-2, **options)
+    optimizer = CPUOffloadOptimizer(b.parameters(), kind, offload_gradients=offload, ahead=1, lr=1e-2, **options)
     train(b, optimizer, data, passes)
     assert_same(a, b)
     big = [p for p in b.parameters() if p.numel() >= 4096]
@@ -178,6 +178,22 @@ def test_a_gradient_that_was_dropped_is_not_stepped(device):
     optimizer.zero_grad()
     optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
+
+
+@pytest.mark.gpu
+def test_gradients_that_leave_make_room_for_the_next():
+    """16 gradients of 4 MiB, of which two may wait for their copies, and one is being made."""
+    net = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, device="cuda") for _ in range(16)))
+    optimizer = CPUOffloadOptimizer(net.parameters(), offload_gradients=True, ahead=2 << 22, lr=1e-3)
+    x = torch.randn(8, 1024, device="cuda")
+    for _ in range(2):
+        loss = net(x).square().mean()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss.backward()
+        assert torch.cuda.max_memory_allocated() - before < 5 << 22
+        optimizer.step()
 
 
 def test_what_it_refuses(device):

@@ -106,6 +106,25 @@ class Slot:
         return formats_of(self.scheme)[: len(self.states)]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """What one call of adam, sgd or lion does: one step of a list of parameters.
+
+    Args:
+        slots: parameters with their states: of one scheme, dtype and device. grads: contiguous, in the shapes of the parameters,
+            of one dtype.
+        settings: what they have in common. numbers: of this step, see `coefficients` and `coefficients_on_device`.
+        grad_scale: () or None, what gradients were multiplied by. found_inf: () or None; where it is not 0, nothing is written.
+    """
+
+    slots: Sequence[Slot]
+    grads: Sequence[Tensor]
+    settings: Settings
+    numbers: Coefficients | Tensor
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
 @functools.lru_cache(maxsize=256)
 def formats_of(scheme: str) -> tuple[Format, Format, Format]:
     """The formats of first, second and largest second moment."""
@@ -177,25 +196,18 @@ def _lion(p: Tensor, g: Tensor, states: list[Tensor], s: Settings, c: Coefficien
 RULES: dict[str, Update] = {"adam": _adam, "sgd": _sgd, "lion": _lion}
 
 
-def reference(
-    rule: str,
-    slots: Sequence[Slot],
-    grads: Sequence[Tensor],
-    settings: Settings,
-    numbers: Coefficients | Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
+def reference(rule: str, step: Step) -> None:
     """The meaning of the three ops, slot by slot."""
+    settings, numbers, found_inf = step.settings, step.numbers, step.found_inf
     c = (
         numbers
         if isinstance(numbers, Coefficients)
         else Coefficients(**dict(zip(_NAMES, numbers.unbind(), strict=True)))
     )
-    for slot, grad in zip(slots, grads, strict=True):
+    for slot, grad in zip(step.slots, step.grads, strict=True):
         p, g = slot.param.to(torch.float32), grad.to(torch.float32)
-        if grad_scale is not None:
-            g = g * grad_scale.to(torch.float32).reciprocal()
+        if step.grad_scale is not None:
+            g = g * step.grad_scale.to(torch.float32).reciprocal()
         if settings.maximize:
             g = -g
         if settings.weight_decay and not settings.decoupled:
@@ -271,27 +283,13 @@ def case_of_update(rule: str, slot: Slot, grad: Tensor, settings: Settings) -> C
     )
 
 
-def _op(rule: str, what: str) -> Callable[..., None]:
-    def run(
-        slots: Sequence[Slot],
-        grads: Sequence[Tensor],
-        settings: Settings,
-        numbers: Coefficients | Tensor,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        if slots:
-            kernel = pick(case_of_update(rule, slots[0], grads[0], settings))
-            kernel.run(slots, grads, settings, numbers, grad_scale, found_inf)
+def _op(rule: str, what: str) -> Callable[[Step], None]:
+    def run(step: Step) -> None:
+        if step.slots:
+            pick(case_of_update(rule, step.slots[0], step.grads[0], step.settings)).run(step)
 
     run.__name__ = run.__qualname__ = rule
     run.__doc__ = f"""One step of {what}, in place.
-
-    Args:
-        slots: parameters with their states: of one scheme, dtype and device. grads: contiguous, in the shapes of the parameters,
-            of one dtype.
-        settings: what they have in common. numbers: of this step, see `coefficients` and `coefficients_on_device`.
-        grad_scale: () or None, what gradients were multiplied by. found_inf: () or None; where it is not 0, nothing is written.
 
     Raises:
         KernelError: in strict mode, where only the fallback can run it.

@@ -242,7 +242,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
         loose = [i for i, param in enumerate(batch.params) if not local(param).is_contiguous()]
         if loose:
             slots = [_gathered(slot) if i in loose else slot for i, slot in enumerate(slots)]
-        getattr(update, self.rule)(slots, grads, settings, numbers, scale, found)
+        op = getattr(update, self.rule)
+        op(update.Step(slots=slots, grads=grads, settings=settings, numbers=numbers, grad_scale=scale, found_inf=found))
         for i in loose:
             batch.slots[i].param.copy_(slots[i].param)
         for param in batch.params:

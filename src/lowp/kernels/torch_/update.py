@@ -8,14 +8,12 @@ memory. Blocks do not depend on one another, so the bytes are the reference's ow
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor
-
 from ...ops.registry import Case, Kernel
-from ...ops.update import Coefficients, Settings, Slot, flat, formats_of, piece, reference, why_not_flat
+from ...ops.update import Step, flat, formats_of, piece, reference, why_not_flat
 
 _PIECE = 1 << 17  # elements: half a MB of float32
 
@@ -26,24 +24,17 @@ def _why_not(case: Case) -> str:
     return next((why for why in map(why_not_flat, formats_of(case.scheme)) if why), "")
 
 
-def _run(
-    rule: str,
-    slots: Sequence[Slot],
-    grads: Sequence[Tensor],
-    settings: Settings,
-    numbers: Coefficients | Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    if found_inf is not None and bool(found_inf):
+def _run(rule: str, step: Step) -> None:
+    if step.found_inf is not None and bool(step.found_inf):
         return
-    blocks = [1 if fmt.is_identity else int(fmt.block[2:]) for fmt in slots[0].formats]
+    blocks = [1 if fmt.is_identity else int(fmt.block[2:]) for fmt in step.slots[0].formats]
     size = max(1, _PIECE // math.lcm(8, *blocks)) * math.lcm(8, *blocks)
-    for slot, grad in zip(slots, grads, strict=True):
+    for slot, grad in zip(step.slots, step.grads, strict=True):
         whole, g = flat(slot), grad.view(-1)
         for start in range(0, g.numel(), size):
             stop = min(start + size, g.numel())
-            reference(rule, [piece(whole, start, stop)], [g[start:stop]], settings, numbers, grad_scale)
+            part = dataclasses.replace(step, slots=[piece(whole, start, stop)], grads=[g[start:stop]], found_inf=None)
+            reference(rule, part)
 
 
 def _how(case: Case) -> str:

@@ -11,7 +11,7 @@ graph that was captured, or another stream, may still read it.
 
 What makes it cheap:
   - A codebook is decoded by one look-up among its values and encoded by one look-up among its buckets (`numerics/buckets.py`),
-    in shared memory: 8 integer operations instead of 8 steps of a search.
+    in shared memory: 7 integer operations instead of 8 steps of a search.
   - x / scale is x * low + x * high rounded once, with 1 / scale in two floats: IEEE's quotient in two instructions (Brisebarre,
     Muller, "Correctly rounded multiplication by arbitrary precision constants", IEEE TC 57(2), 2008). So codes and scales are the
     bytes of `numerics.quantize`; only the parameter, with the hardware's square root and quotient, may differ in its last bit.
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ...numerics import Format
 from ...ops.registry import Case, Kernel, device_capability
-from ...ops.update import RULES, Coefficients, Settings, Slot, formats_of, why_not_flat
+from ...ops.update import RULES, Coefficients, Slot, Step, formats_of, why_not_flat
 from . import interpreted, why_not_portable
 from .launch import begin, launch
 from .rounding import TINY, at_least, bits_of, encode_float, float_of, to_bf16, widen
@@ -44,7 +44,6 @@ from .rounding import TINY, at_least, bits_of, encode_float, float_of, to_bf16, 
 _NO_FMA = tl.constexpr(interpreted())
 FLOAT, CODEBOOK, NATIVE, ARITHMETIC = 0, 1, 2, 3  # how a state is coded; the two last are small floats
 _FIELDS = tl.constexpr(11)  # of a row of the table
-_WARPS = 8
 _LARGEST_BLOCK = 2048
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -143,7 +142,7 @@ def _codes(
         else:
             key = tl.maximum(bits_of(_quotient(x, scale, N, G, True)) - BASE, 0)
         word = tl.gather(tl.load(words_ptr + tl.arange(0, WORDS)), (key >> SHIFT) + FIRST, 0)
-        return ((word + (key & ((1 << SHIFT) - 1))) >> SHIFT).to(tl.uint8)
+        return ((word + key) >> SHIFT).to(tl.uint8)
     elif KIND == 2:
         return _quotient(x, scale, N, G, False).to(TYPE).to(tl.uint8, bitcast=True)
     else:
@@ -456,28 +455,43 @@ def _made(slots: Sequence[Slot], tile: int) -> Plan:
     )
 
 
-def _tile(formats: Sequence[Format]) -> int:
-    """Elements of a program. Maps of 256 values bring 16 KB of buckets each into shared memory, so they want many."""
-    large = any(fmt.element.kind == "codebook" and fmt.element.bits == 8 for fmt in formats)
-    return 8192 if large else 4096 if any(not fmt.is_identity for fmt in formats) else 2048
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a kernel is cut: elements of a program, its warps, elements that a thread holds side by side, and the most registers
+    that a thread may take (0: as many as it wants)."""
+
+    tile: int
+    warps: int = 8
+    wide: int = 8
+    registers: int = 0
+
+    def width(self, four: bool) -> int:
+        """Elements side by side; numbers of four bytes are read by fours."""
+        return 4 if four else self.wide
+
+
+def _tiling(formats: Sequence[Format]) -> Tiling:
+    """Maps of 256 values bring 16 KB of buckets each into shared memory, so their programs are large; 128 registers let two of
+    256 threads share a multiprocessor."""
+    if any(fmt.element.kind == "codebook" and fmt.element.bits == 8 for fmt in formats):
+        return Tiling(tile=8192, wide=16, registers=128)
+    return Tiling(tile=4096 if any(not fmt.is_identity for fmt in formats) else 2048)
 
 
 def _block(fmt: Format) -> int:
     return 0 if fmt.is_identity else int(fmt.block.removeprefix("1x"))
 
 
-def _run(
-    rule: int, slots: Sequence[Slot], grads: Sequence[Tensor], settings: Settings, numbers: Coefficients | Tensor,
-    grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
-) -> None:  # fmt: skip
-    formats = formats_of(slots[0].scheme)
+def _run(rule: int, step: Step) -> None:
+    slot, grad, s, numbers = step.slots[0], step.grads[0], step.settings, step.numbers
+    formats = formats_of(slot.scheme)
     group = max(map(_block, formats[: 2 if rule == 0 else 1])) or 256
-    tile = _tile(formats)
-    plan, slot, grad = _plan(slots, tile), slots[0], grads[0]
+    tiling = _tiling(formats[: 2 if rule == 0 else 1])
+    plan = _plan(step.slots, tiling.tile)
     if not len(plan.work):
         return
-    table = _table(plan, grads)
-    device, s = slot.param.device, settings
+    table = _table(plan, step.grads)
+    device = slot.param.device
     sm = device_capability(device.type, device.index)
     first, second = str(formats[0]), str(formats[1]) if rule == 0 else "fp32"
     four = torch.float32 in (slot.param.dtype, grad.dtype) or (FLOAT, torch.float32) in (
@@ -485,10 +499,10 @@ def _run(
     )
     coupled = s.weight_decay != 0 and not s.decoupled
     constants = (
-        rule, _TYPES[slot.param.dtype], _TYPES[grad.dtype], tile, group, (4 if four else 8) if table.aligned else 1,
+        rule, _TYPES[slot.param.dtype], _TYPES[grad.dtype], tiling.tile, group, tiling.width(four) if table.aligned else 1,
         table.aligned, s.amsgrad and rule == 0, s.maximize, coupled, s.nesterov,
         s.seed is not None and slot.param.dtype == torch.bfloat16,
-        isinstance(numbers, Tensor), grad_scale is not None, found_inf is not None,
+        isinstance(numbers, Tensor), step.grad_scale is not None, step.found_inf is not None,
     )  # fmt: skip
     tensors = (table.device, plan.work, *_tables(first, device), *_tables(second, device))
     host = (
@@ -501,12 +515,12 @@ def _run(
     # One type for each, whatever was given: the compiled kernel is found by a key that does not hold them. So the seed's 32 bits
     # go as a signed number.
     scalars = (*map(float, floats), int(host.step), seed - (seed >> 31 << 32))
-    optional = (numbers if isinstance(numbers, Tensor) else None, grad_scale, found_inf)
-    key = ("update", constants, first, second, device, tuple(x if x is None else x.dtype for x in optional))
+    optional = (numbers if isinstance(numbers, Tensor) else None, step.grad_scale, step.found_inf)
+    key = ("update", constants, tiling, first, second, device, tuple(x if x is None else x.dtype for x in optional))
     args = (*tensors, *optional, *scalars)
     launch(
         _update_kernel, key, (len(plan.work), 1, 1), args, lambda: (*constants, *_coded(first, sm), *_coded(second, sm)),
-        device, _WARPS,
+        device, tiling.warps, registers=tiling.registers,
     )  # fmt: skip
 
 
