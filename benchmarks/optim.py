@@ -148,6 +148,7 @@ def in_a_graph(shapes: list[tuple[int, ...]], device: torch.device, repeats: int
     params = parameters(shapes, device)
     optimizer = optim.AdamW8bit(params, lr=torch.tensor(1e-4, device=device), capturable=True)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             optimizer.step()

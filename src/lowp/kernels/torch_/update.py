@@ -1,4 +1,4 @@
-"""Optimizer steps on a CPU: the reference, in pieces that stay in a core's cache.
+"""Optimizer steps in torch: on a CPU the reference in pieces that stay in a core's cache; muon's, which is products, anywhere.
 
     for each 128 Ki elements of a parameter: adam(piece)
 
@@ -13,7 +13,7 @@ import math
 from functools import partial
 
 from ...ops.registry import Case, Kernel
-from ...ops.update import Step, flat, formats_of, piece, reference, why_not_flat
+from ...ops.update import ELEMENTWISE, Step, flat, formats_of, piece, reference, why_not_flat
 
 _PIECE = 1 << 17  # elements: half a MB of float32
 
@@ -42,6 +42,10 @@ def _how(case: Case) -> str:
     return f"states in {' and '.join(names)} decoded, updated in fp32 and encoded by torch's operators, in pieces of 128 Ki"
 
 
+def _how_muon(case: Case) -> str:
+    return f"momentum in {formats_of(case.scheme)[0].element.name}, torch's operators and bf16 products"
+
+
 _CASES = ("dyn8/1x256@udyn8/1x256", "dyn4/1x128@ulin4/1x128", "e4m3/1x256", "fp32")
 
 KERNELS = tuple(
@@ -49,5 +53,10 @@ KERNELS = tuple(
         op=rule, name="pieces", rank=100, layout="", why_not=_why_not, run=partial(_run, rule), how=_how, cases=_CASES,
         about="the definition, by pieces that a core's cache holds",
     )
-    for rule in ("adam", "sgd", "lion")
+    for rule in ELEMENTWISE
+) + (
+    Kernel(
+        op="muon", name="products", rank=100, layout="", why_not=lambda case: "", run=partial(reference, "muon"),
+        how=_how_muon, cases=_CASES, about="the definition: torch's operators, and its products in bf16",
+    ),
 )  # fmt: skip
