@@ -292,6 +292,7 @@ def main() -> None:
     p.add_argument("--bandwidth", type=float, default=4.25e12, help="bytes a second, for the limit")
     p.add_argument("--tiles", action="store_true")
     p.add_argument("--without-others", action="store_true", help="lowp and torch alone")
+    p.add_argument("--names", default="", help="of optimizers, with commas between; all if absent")
     p.add_argument("--only", choices=["steps", "small", "graph", "offload"], default=None)
     args = p.parse_args()
     device = torch.device(args.device)
@@ -302,6 +303,8 @@ def main() -> None:
         tiles(shapes, device, args.repeats)
         return
     made = ours() | ({} if args.without_others else others())
+    if args.names:
+        made = {name: made[name] for name in args.names.split(",")}
     if args.only in (None, "steps"):
         rows += steps(made, shapes, device, args.repeats, args.bandwidth)
     if args.only in (None, "small"):

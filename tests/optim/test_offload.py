@@ -1,6 +1,8 @@
 """CPUOffloadOptimizer does what its optimizer_class does, on a GPU and on a CPU alone: accumulation, clipping, checkpoints."""
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -180,6 +182,17 @@ def test_a_gradient_that_was_dropped_is_not_stepped(device):
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_model_that_is_let_go_goes(offload, device):
+    net = model(device)
+    optimizer = CPUOffloadOptimizer(net.parameters(), offload_gradients=offload)
+    train(net, optimizer, batches(device, 1))
+    held = weakref.ref(net[0].weight), weakref.ref(optimizer)
+    del net, optimizer
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+
+
 @pytest.mark.gpu
 def test_gradients_that_leave_make_room_for_the_next():
     """16 gradients of 4 MiB, of which two may wait for their copies, and one is being made."""
@@ -198,8 +211,8 @@ def test_gradients_that_leave_make_room_for_the_next():
 
 def test_what_it_refuses(device):
     embedding = nn.Embedding(128, 64, sparse=True, device=device)
-    CPUOffloadOptimizer(embedding.parameters())
+    optimizer = CPUOffloadOptimizer(embedding.parameters())
     with pytest.raises(MisfitError, match="sparse=False"):
         embedding(torch.tensor([1], device=device)).sum().backward()
     with pytest.raises(MisfitError, match="state_dict"):
-        CPUOffloadOptimizer(model(device).parameters()).__getstate__()
+        optimizer.__getstate__()

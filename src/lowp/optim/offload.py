@@ -22,6 +22,7 @@ Source: Ren et al., "ZeRO-Offload", arXiv 2101.06840.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             self._hosts[param] = host
             self.state[param] = host.optimizer.state[twin]
             if on_host:
-                self._handles.append(param.register_post_accumulate_grad_hook(self._arrived))
+                self._handles.append(param.register_post_accumulate_grad_hook(_weakly(self)))
 
     @property
     def host_nbytes(self) -> int:
@@ -324,6 +325,18 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise MisfitError("CPUOffloadOptimizer holds hooks and streams: save its state_dict() instead of the object.")
+
+
+def _weakly(optimizer: CPUOffloadOptimizer) -> Callable[[Tensor], None]:
+    """A parameter's hook that does not keep the optimizer, which keeps the parameter: no collector sees through such a ring."""
+    held = weakref.ref(optimizer)
+
+    def arrived(param: Tensor) -> None:
+        found = held()
+        if found is not None:
+            found._arrived(param)
+
+    return arrived
 
 
 def _pinned_like(x: Tensor) -> Tensor:
