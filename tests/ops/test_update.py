@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowp.kernels.cpu.library import missing
 from lowp.kernels.triton_ import interpreted
 from lowp.layouts import Spec, layout_of
 from lowp.numerics import ELEMENTS, Format, quantize
@@ -151,6 +152,8 @@ def test_the_kernels_are_those_that_the_formats_want(device):
         slots = slots_of("adam", scheme, (512,), torch.bfloat16, device, settings)
         names[scheme] = [kernel.name for kernel in able("adam", slots, [slots[0].param], settings)]
     assert all(device_kernel in names[scheme] for scheme in SCHEMES), names
+    in_cpp = {scheme for scheme in names if "native" in names[scheme]}
+    assert in_cpp == (set() if device.type != "cpu" or missing() else {*SCHEMES[:2], "fp32", SCHEMES[5], "nf4/1x64"})
     assert names["int8/row"] == []
 
 

@@ -176,6 +176,13 @@ def coefficients_on_device(rule: str, settings: Settings, lr: float | Tensor, st
     return torch.stack(numbers).to(torch.float32)
 
 
+def coefficients_of(numbers: Coefficients | Tensor) -> Coefficients:
+    """The numbers of a step by name; those of `coefficients_on_device` as tensors of one number."""
+    if isinstance(numbers, Coefficients):
+        return numbers
+    return Coefficients(**dict(zip(_NAMES, numbers.unbind(), strict=True)))
+
+
 # -- the meaning ------------------------------------------------------------------------------------------------------
 
 Update = Callable[[Tensor, Tensor, list[Tensor], Settings, Coefficients], tuple[Tensor, list[Tensor]]]
@@ -240,12 +247,7 @@ RULES = ELEMENTWISE | {"muon": _muon}
 
 def reference(rule: str, step: Step) -> None:
     """The meaning of the four ops, slot by slot."""
-    settings, numbers, found_inf = step.settings, step.numbers, step.found_inf
-    c = (
-        numbers
-        if isinstance(numbers, Coefficients)
-        else Coefficients(**dict(zip(_NAMES, numbers.unbind(), strict=True)))
-    )
+    settings, found_inf, c = step.settings, step.found_inf, coefficients_of(step.numbers)
     for slot, grad in zip(step.slots, step.grads, strict=True):
         p, g = slot.param.to(torch.float32), grad.to(torch.float32)
         if step.grad_scale is not None:
