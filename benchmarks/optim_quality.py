@@ -1,10 +1,11 @@
 """What low-bit states cost in quality: one model trained with each optimizer on the same seed, held-out loss beside fp32's.
 
     python benchmarks/optim_quality.py                                  on a CPU, minutes: bytes of heldout.txt, 2 layers of 128
-    python benchmarks/optim_quality.py --device cuda --layers 8 --hidden 256 --steps 3400 --batch 128 --context 1024 --lr 3e-3 \
-        --tokens build/lm/train.bin --heldout build/lm/heldout.bin      on a GPU: the shape and corpus of examples/small_lm
+    python benchmarks/optim_quality.py --device cuda --layers 4 --hidden 256 --steps 700 --batch 16 --context 512 --seeds 0,1 \
+        --jobs 8 --tokens build/lm/train.bin --heldout build/lm/heldout.bin          on a GPU, half a minute, side by side
+    ... --layers 8 --steps 3400 --batch 128 --context 1024                           the shape and length of examples/small_lm
 
-The corpus of the second is made by `examples/train_small_lm.py corpus`; a token is two bytes there. Without --tokens the text is
+The corpus of the others is made by `examples/train_small_lm.py corpus`; a token is two bytes there. Without --tokens the text is
 examples/small_lm/heldout.txt, a byte a token, its last tenth held out. Weights are float32, so that the states alone differ, but
 for the rows that say bf16. Rows go to results/optim_quality.csv, with fp32 AdamW's loss of the same seed as the baseline.
 """
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,14 +76,14 @@ def heldout_loss(net: nn.Module, held: torch.Tensor, args: argparse.Namespace) -
     return total / len(windows)
 
 
-def train(what: str, make: Callable, args: argparse.Namespace) -> tuple[float, float]:
+def train(what: str, args: argparse.Namespace) -> tuple[float, float]:
     """The held-out loss at the end, and the seconds it took."""
     data, held, vocabulary = tokens(args)
     net = model(args, vocabulary).to(args.device, torch.bfloat16 if "bf16 weights" in what else torch.float32)
     decay = [p for p in net.parameters() if p.dim() > 1]
     rest = [p for p in net.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = make(groups, lr=args.lr, betas=(0.9, 0.95))
+    optimizer = OPTIMIZERS[what](groups, lr=args.lr, betas=(0.9, 0.95))
     warm = max(1, args.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -101,6 +104,15 @@ def train(what: str, make: Callable, args: argparse.Namespace) -> tuple[float, f
     return heldout_loss(net, held, args), time.perf_counter() - start
 
 
+def trained(runs: list[tuple[str, argparse.Namespace]], jobs: int) -> Iterator[tuple[float, float]]:
+    """The answers of `train`, in order; more than one job: in processes of their own."""
+    if jobs == 1:
+        yield from (train(what, args) for what, args in runs)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(train, *zip(*runs, strict=True))
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--device", default="cpu")
@@ -112,24 +124,28 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=256, help="of the held-out text")
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--seeds", default="0")
+    p.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     p.add_argument("--tokens", default="")
     p.add_argument("--heldout", default="")
     p.add_argument("--optimizers", default=",".join(name.replace(",", ";") for name in OPTIMIZERS))
     args = p.parse_args()
+    args.optimizers = [name.replace(";", ",") for name in args.optimizers.split(",")]
     shape = f"{args.layers} layers of {args.hidden}, {args.steps} steps of {args.batch} x {args.context}"
     corpus = Path(args.tokens or TEXT).name
-    for seed in args.seeds.split(","):
-        args.seed = int(seed)
-        base = None
-        for what in (name.replace(";", ",") for name in args.optimizers.split(",")):
-            loss, seconds = train(what, OPTIMIZERS[what], args)
-            base = loss if base is None else base
-            made = row(
-                what, loss, "nats a token, held out", base, device=args.device, model=shape, corpus=corpus, seed=args.seed,
-                lr=args.lr, seconds=round(seconds, 1),
-            )  # fmt: skip
-            append(HERE / "results" / "optim_quality.csv", [made])
-            print(what, seed, f"{loss:.4f} {100 * (loss / base - 1):+.2f} % {seconds:.0f} s", flush=True)
+    runs = [
+        (what, argparse.Namespace(**{**vars(args), "seed": int(seed)}))
+        for seed in args.seeds.split(",")
+        for what in args.optimizers
+    ]
+    base: dict[int, float] = {}
+    for (what, one), (loss, seconds) in zip(runs, trained(runs, args.jobs), strict=True):
+        base.setdefault(one.seed, loss)
+        made = row(
+            what, loss, "nats a token, held out", base[one.seed], device=args.device, model=shape, corpus=corpus, seed=one.seed,
+            lr=args.lr, seconds=round(seconds, 1),
+        )  # fmt: skip
+        append(HERE / "results" / "optim_quality.csv", [made])
+        print(what, one.seed, f"{loss:.4f} {100 * (loss / base[one.seed] - 1):+.2f} % {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from lowp.kernels.triton_ import cast, cast_both, decode, fake_quantize, launch, update, w16, w8a8
 from lowp.kernels.triton_.packed import parts_of
 from lowp.numerics import Format
-from lowp.ops.update import Settings, Slot, coefficients
+from lowp.ops.update import Settings, Slot, Step, coefficients
 from lowp.tensor import QTensor
 
 NAMES = {
@@ -26,7 +26,7 @@ NAMES = {
 MEMORY = re.compile(r"\\b(ld\\.global|st\\.global|cp\\.async|atom\\.|red\\.)")
 
 
-def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
+def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion, registers):
     constants = (*constants, True)
     assert kernel.arg_names[-1] == "EARLY" and len(kernel.arg_names) == len(args) + len(constants)
     signature, values, attributes = {}, {}, {}
@@ -41,6 +41,7 @@ def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, launch_pdl=True)
+    options |= {"maxnreg": registers} if registers else {}
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     print(kernel.__name__, ptx.count("griddepcontrol.wait"), ptx.count("griddepcontrol.launch_dependents"),
           len(MEMORY.findall(ptx.partition("griddepcontrol.wait")[0])), len(MEMORY.findall(ptx)) > 0)
@@ -76,7 +77,8 @@ tiling = dataclasses.replace(w16.choose(1, 512, 512, 90), split=2)
 w16.tiled(x[:1].contiguous(), parts, q.spec.scheme, tiling)
 state = {"qdata": torch.zeros(4096).bfloat16()}
 slot = Slot(param=torch.zeros(4096).bfloat16(), states=(state,), scheme="bf16", shape=(4096,))
-update._run(1, [slot], [slot.param], Settings(), coefficients("sgd", Settings(), 0.1, 1))
+numbers = coefficients("sgd", Settings(), 0.1, 1)
+update._run(1, Step(slots=[slot], grads=[slot.param], settings=Settings(), numbers=numbers))
 """
 
 

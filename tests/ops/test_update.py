@@ -1,7 +1,8 @@
 """The ops adam, sgd and lion: against torch's optimizers in float32, and every kernel against the reference, byte for byte.
 
-Triton's kernels run in its interpreter on a CPU, which plays an sm90, and for real on a GPU. The parameter may differ in its last
-bit where square roots and quotients are not IEEE's. Codes and scales may not.
+Triton's kernels run in its interpreter on a CPU, which plays an sm90, and for real on a GPU. Codes and scales are compared bit
+for bit. So is the parameter, but for adam: the hardware's square root and quotient are each off by a bit or two of the movement,
+which is as much as many bits of a parameter that it nearly cancels.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lowp.kernels.cpu.library import missing
 from lowp.kernels.triton_ import interpreted
 from lowp.layouts import Spec, layout_of
 from lowp.numerics import ELEMENTS, Format, quantize
@@ -21,6 +23,7 @@ from lowp.ops import kernels_of, update
 from lowp.ops.update import (
     Settings,
     Slot,
+    Step,
     coefficients,
     coefficients_on_device,
     formats_of,
@@ -78,6 +81,12 @@ def copied(slots):
     ]
 
 
+def step_of(slots, grads, settings, numbers, grad_scale=None, found_inf=None):
+    return Step(
+        slots=slots, grads=grads, settings=settings, numbers=numbers, grad_scale=grad_scale, found_inf=found_inf
+    )
+
+
 def able(rule, slots, grads, settings):
     """The kernels that can run these slots, the reference aside; Triton's as if for an sm90 where its interpreter runs them."""
     case = update.case_of_update(rule, slots[0], grads[0], settings)
@@ -99,8 +108,14 @@ def is_exact(rule, device):
     return device.type == "cpu" and rule != "adam"
 
 
-def assert_same_slots(got, wanted, exact):
-    for a, b in zip(got, wanted, strict=True):
+MOVEMENT = (
+    4 * 2.0**-23
+)  # square root 2 bits, inverse 1, three roundings that a fused multiply-add leaves out: see PTX ISA 9.7.3
+
+
+def assert_same_slots(got, wanted, exact, before=None):
+    """before: the parameters before the step, where these may differ by a share of their movement."""
+    for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
         for mine, theirs in zip(a.states, b.states, strict=True):
             for name in theirs:
                 x, y = (t[name].contiguous().view(torch.uint8) for t in (mine, theirs))
@@ -108,7 +123,10 @@ def assert_same_slots(got, wanted, exact):
         if exact:
             assert torch.equal(a.param, b.param)
         else:
-            torch.testing.assert_close(a.param, b.param, rtol=2 * torch.finfo(a.param.dtype).eps, atol=1e-7)
+            mine, theirs = a.param.double(), b.param.double()
+            moved = theirs - (before or wanted)[i].param.double()
+            allowed = 2 * torch.finfo(a.param.dtype).eps * theirs.abs() + MOVEMENT * moved.abs()
+            assert ((mine - theirs).abs() <= allowed).all(), ((mine - theirs).abs() / allowed).max().item()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -120,11 +138,11 @@ def test_every_kernel_writes_the_bytes_of_the_reference(rule, settings, scheme, 
         slots = slots_of(rule, scheme, (512, 1280), dtype, device, settings)
         grads = [torch.randn(slot.param.numel(), device=device).mul_(0.1).to(dtype) for slot in slots]
         expected = copied(slots)
-        reference(rule, expected, grads, settings, number)
+        reference(rule, step_of(expected, grads, settings, number))
         for kernel in able(rule, slots, grads, settings):
             mine = copied(slots)
-            kernel.run(mine, grads, settings, number)
-            assert_same_slots(mine, expected, exact=is_exact(rule, device))
+            kernel.run(step_of(mine, grads, settings, number))
+            assert_same_slots(mine, expected, exact=is_exact(rule, device), before=slots)
 
 
 def test_the_kernels_are_those_that_the_formats_want(device):
@@ -134,6 +152,8 @@ def test_the_kernels_are_those_that_the_formats_want(device):
         slots = slots_of("adam", scheme, (512,), torch.bfloat16, device, settings)
         names[scheme] = [kernel.name for kernel in able("adam", slots, [slots[0].param], settings)]
     assert all(device_kernel in names[scheme] for scheme in SCHEMES), names
+    in_cpp = {scheme for scheme in names if "native" in names[scheme]}
+    assert in_cpp == (set() if device.type != "cpu" or missing() else {*SCHEMES[:2], "fp32", SCHEMES[5], "nf4/1x64"})
     assert names["int8/row"] == []
 
 
@@ -145,14 +165,14 @@ def test_scaled_gradients_and_a_step_that_is_skipped(rule, device):
     grads = [torch.randn(512, device=device)]
     number = coefficients(rule, settings, 1e-2, 2)
     expected = copied(slots)
-    reference(rule, expected, grads, settings, number)
+    reference(rule, step_of(expected, grads, settings, number))
     scale, zero, one = (torch.tensor(value, device=device) for value in (1024.0, 0.0, 1.0))
     run = [kernel.run for kernel in able(rule, slots, grads, settings)]
-    for kernel in (*run, lambda *args: reference(rule, *args)):
+    for kernel in (*run, lambda step: reference(rule, step)):
         scaled, skipped = copied(slots), copied(slots)
-        kernel(scaled, [grads[0] * 1024], settings, number, scale, zero)
-        assert_same_slots(scaled, expected, exact=is_exact(rule, device))
-        kernel(skipped, [grads[0] * math.inf], settings, number, scale, one)
+        kernel(step_of(scaled, [grads[0] * 1024], settings, number, scale, zero))
+        assert_same_slots(scaled, expected, exact=is_exact(rule, device), before=slots)
+        kernel(step_of(skipped, [grads[0] * math.inf], settings, number, scale, one))
         assert_same_slots(skipped, slots, exact=True)
 
 
@@ -180,9 +200,9 @@ def test_pieces_are_the_whole(device):
     slots = slots_of("adam", "dyn4/1x128@ulin4/1x128", (1024,), torch.bfloat16, device, settings)
     grad, number = torch.randn(1024, device=device), coefficients("adam", settings, 1e-2, 1)
     parts = copied(slots)
-    reference("adam", slots, [grad], settings, number)
+    reference("adam", step_of(slots, [grad], settings, number))
     for start, stop in ((0, 384), (384, 896), (896, 1024)):
-        reference("adam", [piece(parts[0], start, stop)], [grad[start:stop]], settings, number)
+        reference("adam", step_of([piece(parts[0], start, stop)], [grad[start:stop]], settings, number))
     assert_same_slots(parts, slots, exact=True)
 
 
@@ -206,9 +226,8 @@ def test_rounding_with_noise_is_unbiased_and_rounding_to_nearest_is_not(device):
         settings = Settings(beta1=0.0, seed=seed)
         param = torch.ones(count, dtype=torch.bfloat16, device=device)
         slot = Slot(param=param, states=({"qdata": torch.zeros(count, device=device)},), scheme="fp32", shape=(count,))
-        reference(
-            "sgd", [slot], [torch.full((count,), -1.0, device=device)], settings, coefficients("sgd", settings, step, 1)
-        )
+        grad = torch.full((count,), -1.0, device=device)
+        reference("sgd", step_of([slot], [grad], settings, coefficients("sgd", settings, step, 1)))
         moved[seed] = (param.float().mean().item() - 1) / step
     assert moved[None] == 0.0
     deviation = math.sqrt(0.1 * 0.9) * 10 / math.sqrt(count)  # of the mean, in steps: it is 0 or 10 steps
@@ -221,7 +240,7 @@ def test_the_states_are_those_of_quantize(device):
     (slot,) = slots_of("adam", scheme, (512,), torch.float32, device, settings)
     zero = [quantize(torch.zeros(512, device=device), fmt).tensors() for fmt in formats_of(scheme)[:2]]
     slot, grad = dataclasses.replace(slot, states=tuple(zero)), torch.randn(512, device=device)
-    update.adam([slot], [grad], settings, coefficients("adam", settings, 1e-3, 1))
+    update.adam(step_of([slot], [grad], settings, coefficients("adam", settings, 1e-3, 1)))
     for packed, value, fmt in zip(
         slot.states, (grad * (1 - 0.9), grad * grad * (1 - 0.999)), formats_of(scheme), strict=False
     ):
@@ -269,14 +288,14 @@ def test_sizes_of_many_tiles_and_of_none(rule, scheme, device, poison, monkeypat
         grads = [[torch.randn(n + 1, device=device).to(grad_dtype)[i:][:n] for n in numel] for i in range(2)]
         runs = [kernel.run for kernel in able(rule, slots, grads[0], settings)]
         results = []
-        for run in (lambda *args: reference(rule, *args), *runs):
+        for run in (lambda step: reference(rule, step), *runs):
             mine = copied(slots)
             for step, given in enumerate(grads, 3):
-                run(mine, given, settings, coefficients(rule, settings, 1e-2, step))
+                run(step_of(mine, given, settings, coefficients(rule, settings, 1e-2, step)))
                 results.append(copied(mine)) if step == 3 else None
             results.append(mine)
         for i in range(2, len(results), 2):
-            assert_same_slots(results[i], results[0], exact=is_exact(rule, device))
+            assert_same_slots(results[i], results[0], exact=is_exact(rule, device), before=slots)
             if is_exact(rule, device):
                 assert_same_slots(results[i + 1], results[1], exact=True)
             else:  # a last bit of the first step's parameter may reach the second step's states through weight decay
@@ -296,10 +315,10 @@ def test_any_seed_is_the_same_noise_everywhere_and_other_noise_at_each_step(seed
         seen.append(drawn)
         number = coefficients("sgd", settings, 1e-2, step)
         expected = copied(slots)
-        reference("sgd", expected, grads, settings, number)
+        reference("sgd", step_of(expected, grads, settings, number))
         for kernel in able("sgd", slots, grads, settings):
             mine = copied(slots)
-            kernel.run(mine, grads, settings, number)
+            kernel.run(step_of(mine, grads, settings, number))
             assert_same_slots(mine, expected, exact=True)
 
 
@@ -314,7 +333,9 @@ def test_a_compiled_kernel_gets_the_types_it_was_compiled_for(rule, device, monk
     from lowp.kernels.triton_ import update as fused
 
     seen = {}
-    monkeypatch.setattr(fused, "launch", lambda kernel, key, grid, args, *rest: seen.setdefault(key, []).append(args))
+    monkeypatch.setattr(
+        fused, "launch", lambda kernel, key, grid, args, *rest, **more: seen.setdefault(key, []).append(args)
+    )
     for seed in (0, 5, 2**31 + 3, 2**40 + 5, -1):
         for number in (0, 0.0):
             settings = Settings(
@@ -323,7 +344,7 @@ def test_a_compiled_kernel_gets_the_types_it_was_compiled_for(rule, device, monk
             slots = slots_of(rule, "fp32", (512,), torch.bfloat16, device, settings)
             for step in (1, 2):
                 coefficient = coefficients(rule, settings, number + 1, step)
-                fused_of(rule, slots, settings).run(slots, [slots[0].param], settings, coefficient)
+                fused_of(rule, slots, settings).run(step_of(slots, [slots[0].param], settings, coefficient))
     assert len(seen) == 1
     ((first, *others),) = seen.values()
     assert all(list(map(type, args)) == list(map(type, first)) for args in others)
@@ -382,9 +403,12 @@ def test_tables_follow_gradients_that_move_and_go_with_their_parameters(device):
             grads = [torch.randn(slot.param.numel(), device=device).bfloat16() for slot in slots]
             kept.append(grads)
             number = coefficients("adam", settings, 1e-2, step)
-            kernel.run(slots, grads, settings, number)
-            reference("adam", wanted, grads, settings, number)
-            assert_same_slots(slots, wanted, exact=False)
+            start = copied(wanted)
+            kernel.run(step_of(slots, grads, settings, number))
+            reference("adam", step_of(wanted, grads, settings, number))
+            assert_same_slots(slots, wanted, exact=False, before=start)
+            for mine, theirs in zip(slots, wanted, strict=True):  # the next step starts from the same numbers
+                mine.param.copy_(theirs.param)
     assert len(fused._PLANS) == before + 2
     del slots, wanted
     lists.clear()

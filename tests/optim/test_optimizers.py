@@ -258,6 +258,7 @@ def test_in_a_cuda_graph():
     mine, other = optim.AdamW8bit([p], capturable=True), optim.AdamW8bit([q], capturable=True)
     p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for i in range(2):
             p.grad.copy_(grads[i])
@@ -282,6 +283,7 @@ def test_a_cuda_graph_keeps_its_gradients_though_others_are_stepped_between():
     mine, other = optim.AdamW8bit([p], capturable=True), optim.AdamW8bit([q], capturable=True)
     static = torch.zeros_like(p)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         p.grad = grads[0].clone()
         mine.step()

@@ -5,11 +5,12 @@ The bits of a float32, sign aside, grow with its magnitude. With the sign folded
     magnitude = clamp(bits & 0x7fffffff, base, top) - base            key = magnitude, or ~magnitude where x is negative
 
 Cut the keys into buckets of 2**shift, so many that no bucket holds more than one of the boundaries between two codes. One word
-for each bucket then holds the code at its start and where in it the next code begins, so that the sum below carries into it:
+for each bucket then holds the code at its start and where in it the next code begins, so that the sum below carries into it; the
+first key of the bucket is taken off before, so that the whole key can be added:
 
-    word = (code << shift) + (2**shift - where the next begins)       code(x) = (word[key >> shift] + key % 2**shift) >> shift
+    word = (code << shift) + (2**shift - where the next begins) - first key          code(x) = (word[key >> shift] + key) >> shift
 
-Eight integer operations and one look-up, exact at every boundary, for a codebook in rising order. A map of 256 values over seven
+Seven integer operations and one look-up, exact at every boundary, for a codebook in rising order. A map of 256 values over seven
 decades takes some 3,000 buckets: 12 KB, which a core's nearest cache holds, and so does a GPU's shared memory. Where the codebook
 holds nothing negative, negative numbers take the lowest code, and there is one half of the buckets.
 """
@@ -86,6 +87,6 @@ def _built(keys: list[int], shift: int, base: int, top: int, signed: bool) -> Bu
         carry = 0
         if bucket in starts:
             carry = (1 << shift) - starts[bucket]
-        words.append((code << shift) + carry)
+        words.append((code - bucket << shift) + carry)
         code += bucket in starts
     return Buckets(shift=shift, base=base, top=top, first=count if signed else 0, words=tuple(words))

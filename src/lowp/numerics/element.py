@@ -234,9 +234,7 @@ class Element:
             key ^= bits >> 31
         bucket = (key >> buckets.shift).add_(buckets.first)
         words = _constant(self, "buckets", x.device).index_select(0, bucket.flatten()).view(x.shape)
-        return (
-            words.add_(key.bitwise_and_((1 << buckets.shift) - 1)).bitwise_right_shift_(buckets.shift).to(torch.uint8)
-        )
+        return words.add_(key).bitwise_right_shift_(buckets.shift).to(torch.uint8)
 
     def _encode_float(self, x: Tensor) -> Tensor:
         """Round to nearest even by arithmetic: the step between values is 2**(e - mbits) for a number of exponent e."""

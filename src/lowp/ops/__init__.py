@@ -13,7 +13,7 @@ from .linear import linear
 from .matmul import matmul
 from .product import product
 from .registry import Case, Kernel, all_ops, best_layout, device_of, explain, kernels_of, pick, strict
-from .update import adam, lion, sgd
+from .update import adam, lion, muon, sgd
 
 __all__ = [
     "Case",
@@ -37,6 +37,7 @@ __all__ = [
     "linear",
     "lion",
     "matmul",
+    "muon",
     "pick",
     "product",
     "sgd",

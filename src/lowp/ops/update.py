@@ -1,4 +1,4 @@
-"""adam, sgd, lion: one step of an optimizer whose states are in low precision, for a list of parameters at once.
+"""adam, sgd, lion, muon: one step of an optimizer whose states are in low precision, for a list of parameters at once.
 
 One pass for each parameter: read param, gradient, codes and scales; update in float32; requantize; write, all in place.
 
@@ -7,6 +7,8 @@ One pass for each parameter: read param, gradient, codes and scales; update in f
     adam   m = m + (1 - b1) (g - m)      v = b2 v + (1 - b2) g g      p = decay p - rate m / (root sqrt(v) + eps)
     sgd    m = momentum m + first g      d = g + momentum m  (nesterov)  or  m               p = decay p - rate d
     lion   d = sign(b1 m + (1 - b1) g)   m = b2 m + (1 - b2) g                               p = decay p - rate d
+    muon   m = m + (1 - momentum) (g - m)   d = g + momentum (m - g)  (nesterov)  or  m      p = decay p - rate a(shape) U V'
+           where d = U S V', by Newton and Schulz' iteration: the rotation nearest to d, in bf16
     codes, scales = quantize(m), quantize(v)                   the very bytes of `numerics.quantize`
 
     decay = 1 - lr weight_decay (decoupled) or 1      rate = lr / (1 - b1**step) for adam, else lr
@@ -23,7 +25,8 @@ plain tensor, its codes are the floats themselves.
 
 Sources: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101 (decoupled); Reddi et al., arXiv 1904.09237
 (amsgrad); Chen et al., arXiv 2302.06675 (Lion); Dettmers et al., arXiv 2110.02861 (states in 8 bits); Salmon et al., "Parallel
-random numbers: as easy as 1, 2, 3", SC 2011 (Philox).
+random numbers: as easy as 1, 2, 3", SC 2011 (Philox); Jordan et al., "Muon: an optimizer for hidden layers in neural networks",
+2024; Liu et al., arXiv 2502.16982 (its scale by shape).
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ class Settings:
     Args:
         beta1, beta2, eps: of adam and lion; beta1 is sgd's momentum. weight_decay: as torch's.
         decoupled: weight decay shrinks the parameter instead of joining the gradient.
-        maximize: climb. amsgrad: keep the largest second moment. nesterov, dampening: of sgd.
+        maximize: climb. amsgrad: keep the largest second moment. nesterov, dampening: of sgd, nesterov of muon.
+        iterations: of Newton and Schulz for muon. by_shape: how muon's step is scaled, see `scale_by_shape`.
         seed: of the noise that bf16 parameters are rounded with; None rounds them to nearest.
     """
 
@@ -66,6 +70,8 @@ class Settings:
     amsgrad: bool = False
     nesterov: bool = False
     dampening: float = 0.0
+    iterations: int = 5
+    by_shape: str = "match_rms_adamw"
     seed: int | None = None
 
 
@@ -104,6 +110,25 @@ class Slot:
     def formats(self) -> tuple[Format, ...]:
         """The format of each state."""
         return formats_of(self.scheme)[: len(self.states)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Step:
+    """What one call of adam, sgd or lion does: one step of a list of parameters.
+
+    Args:
+        slots: parameters with their states: of one scheme, dtype and device. grads: contiguous, in the shapes of the parameters,
+            of one dtype.
+        settings: what they have in common. numbers: of this step, see `coefficients` and `coefficients_on_device`.
+        grad_scale: () or None, what gradients were multiplied by. found_inf: () or None; where it is not 0, nothing is written.
+    """
+
+    slots: Sequence[Slot]
+    grads: Sequence[Tensor]
+    settings: Settings
+    numbers: Coefficients | Tensor
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
 
 @functools.lru_cache(maxsize=256)
@@ -151,6 +176,13 @@ def coefficients_on_device(rule: str, settings: Settings, lr: float | Tensor, st
     return torch.stack(numbers).to(torch.float32)
 
 
+def coefficients_of(numbers: Coefficients | Tensor) -> Coefficients:
+    """The numbers of a step by name; those of `coefficients_on_device` as tensors of one number."""
+    if isinstance(numbers, Coefficients):
+        return numbers
+    return Coefficients(**dict(zip(_NAMES, numbers.unbind(), strict=True)))
+
+
 # -- the meaning ------------------------------------------------------------------------------------------------------
 
 Update = Callable[[Tensor, Tensor, list[Tensor], Settings, Coefficients], tuple[Tensor, list[Tensor]]]
@@ -174,28 +206,52 @@ def _lion(p: Tensor, g: Tensor, states: list[Tensor], s: Settings, c: Coefficien
     return p * c.decay - direction * c.rate, [states[0] * s.beta2 + g * (1 - s.beta2)]
 
 
-RULES: dict[str, Update] = {"adam": _adam, "sgd": _sgd, "lion": _lion}
+def _muon(p: Tensor, g: Tensor, states: list[Tensor], s: Settings, c: Coefficients) -> tuple[Tensor, list[Tensor]]:
+    m = states[0] + (g - states[0]) * (1 - s.beta1)
+    direction = g + (m - g) * s.beta1 if s.nesterov else m
+    rotation = orthogonal(direction.flatten(1), s.iterations).view(p.shape).to(torch.float32)
+    return p * c.decay - rotation * (c.rate * scale_by_shape(p.flatten(1).shape, s.by_shape)), [m]
 
 
-def reference(
-    rule: str,
-    slots: Sequence[Slot],
-    grads: Sequence[Tensor],
-    settings: Settings,
-    numbers: Coefficients | Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """The meaning of the three ops, slot by slot."""
-    c = (
-        numbers
-        if isinstance(numbers, Coefficients)
-        else Coefficients(**dict(zip(_NAMES, numbers.unbind(), strict=True)))
-    )
-    for slot, grad in zip(slots, grads, strict=True):
+def orthogonal(x_MN: Tensor, iterations: int = 5) -> Tensor:
+    """About U V' of x = U S V', bf16: singular values of 0.7 to 1.2 after 5 iterations of an odd polynomial.
+
+    >>> orthogonal(torch.diag(torch.tensor([4.0, 0.5]))).float().diagonal().round(decimals=1)
+    tensor([0.7000, 0.7000])
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: the steepest at 0 that keeps [0, 1] within 0.7 to 1.2
+    x = x_MN.mT if x_MN.shape[0] > x_MN.shape[1] else x_MN
+    x = (x / (x.norm() + 1e-7)).to(torch.bfloat16)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if x_MN.shape[0] > x_MN.shape[1] else x
+
+
+def scale_by_shape(shape: Sequence[int], how: str) -> float:
+    """What a rotation of a shape is multiplied by.
+
+    "match_rms_adamw": 0.2 sqrt(max(M, N)), its elements are then as large as AdamW's steps (Liu et al.). "original":
+    sqrt(max(1, M / N)) (Jordan et al.).
+
+    >>> scale_by_shape((16, 4), "original"), scale_by_shape((100, 4), "match_rms_adamw")
+    (2.0, 2.0)
+    """
+    rows, columns = shape
+    return math.sqrt(max(1.0, rows / columns)) if how == "original" else 0.2 * math.sqrt(max(rows, columns))
+
+
+ELEMENTWISE: dict[str, Update] = {"adam": _adam, "sgd": _sgd, "lion": _lion}
+RULES = ELEMENTWISE | {"muon": _muon}
+
+
+def reference(rule: str, step: Step) -> None:
+    """The meaning of the four ops, slot by slot."""
+    settings, found_inf, c = step.settings, step.found_inf, coefficients_of(step.numbers)
+    for slot, grad in zip(step.slots, step.grads, strict=True):
         p, g = slot.param.to(torch.float32), grad.to(torch.float32)
-        if grad_scale is not None:
-            g = g * grad_scale.to(torch.float32).reciprocal()
+        if step.grad_scale is not None:
+            g = g * step.grad_scale.to(torch.float32).reciprocal()
         if settings.maximize:
             g = -g
         if settings.weight_decay and not settings.decoupled:
@@ -271,27 +327,13 @@ def case_of_update(rule: str, slot: Slot, grad: Tensor, settings: Settings) -> C
     )
 
 
-def _op(rule: str, what: str) -> Callable[..., None]:
-    def run(
-        slots: Sequence[Slot],
-        grads: Sequence[Tensor],
-        settings: Settings,
-        numbers: Coefficients | Tensor,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        if slots:
-            kernel = pick(case_of_update(rule, slots[0], grads[0], settings))
-            kernel.run(slots, grads, settings, numbers, grad_scale, found_inf)
+def _op(rule: str, what: str) -> Callable[[Step], None]:
+    def run(step: Step) -> None:
+        if step.slots:
+            pick(case_of_update(rule, step.slots[0], step.grads[0], step.settings)).run(step)
 
     run.__name__ = run.__qualname__ = rule
     run.__doc__ = f"""One step of {what}, in place.
-
-    Args:
-        slots: parameters with their states: of one scheme, dtype and device. grads: contiguous, in the shapes of the parameters,
-            of one dtype.
-        settings: what they have in common. numbers: of this step, see `coefficients` and `coefficients_on_device`.
-        grad_scale: () or None, what gradients were multiplied by. found_inf: () or None; where it is not 0, nothing is written.
 
     Raises:
         KernelError: in strict mode, where only the fallback can run it.
@@ -302,6 +344,7 @@ def _op(rule: str, what: str) -> Callable[..., None]:
 adam = _op("adam", "Adam or AdamW")
 sgd = _op("sgd", "gradient descent with momentum")
 lion = _op("lion", "Lion")
+muon = _op("muon", "Muon, of matrices (further axes count as columns)")
 
 
 # -- slots in pieces --------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import LowpError, MisfitError
 from ..numerics import Format
-from ..ops import update
+from ..ops import kernels_of, update
 from .load import converted, loaded
 from .state import (
     is_dtensor,
@@ -87,6 +87,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._plans: dict[int, _Plan] = {}
         self._captured: list[_Plan] = []  # that graphs replay, as long as this optimizer lives
+        kernels_of(self.rule)  # their modules are imported now, not in the first step
         super().__init__(params, defaults)
 
     # -- what a rule says of itself -----------------------------------------------------------------------------------
@@ -98,6 +99,10 @@ class LowBitOptimizer(torch.optim.Optimizer):
     def settings(self, group: dict[str, Any]) -> update.Settings:
         """What the op is told of a group."""
         raise NotImplementedError
+
+    def rule_of(self, group: dict[str, Any]) -> str:
+        """The op that steps a group."""
+        return self.rule
 
     def held(self, state: Tensor) -> Tensor:
         """A new state as it is kept: a subclass may show it under another class of tensor."""
@@ -170,7 +175,7 @@ class LowBitOptimizer(torch.optim.Optimizer):
         state = loaded(held, param, self.moments(group), formats, shape, self.held)
         if not state:
             return state
-        if "step" not in state and self.rule == "adam":
+        if "step" not in state and self.rule_of(group) == "adam":
             raise MisfitError(f"a state of {type(self).__name__} wants step, got {', '.join(map(str, held))} alone.")
         count = float(state.get("step", 1))  # torch's SGD keeps none: its buffer is there from the first step on
         device = local(param).device if group["capturable"] else torch.device("cpu")
@@ -242,7 +247,8 @@ class LowBitOptimizer(torch.optim.Optimizer):
         loose = [i for i, param in enumerate(batch.params) if not local(param).is_contiguous()]
         if loose:
             slots = [_gathered(slot) if i in loose else slot for i, slot in enumerate(slots)]
-        getattr(update, self.rule)(slots, grads, settings, numbers, scale, found)
+        op = getattr(update, self.rule_of(group))
+        op(update.Step(slots=slots, grads=grads, settings=settings, numbers=numbers, grad_scale=scale, found_inf=found))
         for i in loose:
             batch.slots[i].param.copy_(slots[i].param)
         for param in batch.params:
@@ -254,12 +260,12 @@ class LowBitOptimizer(torch.optim.Optimizer):
         batch.counts += 1
         if batch.on_device:
             numbers: update.Coefficients | Tensor = update.coefficients_on_device(
-                self.rule, settings, group["lr"], batch.counts[0]
+                self.rule_of(group), settings, group["lr"], batch.counts[0]
             )
             if found is not None:
                 batch.counts -= (found != 0).to(batch.counts.dtype)  # torch adds up what several devices found
         else:
-            numbers = update.coefficients(self.rule, settings, float(group["lr"]), int(batch.counts[0]))
+            numbers = update.coefficients(self.rule_of(group), settings, float(group["lr"]), int(batch.counts[0]))
         batch.version = batch.counts._version
         return numbers
 

@@ -1,6 +1,8 @@
 """CPUOffloadOptimizer: states, and gradients if wanted, in the host's memory; the step on the CPU, copies behind the backward.
 
-    backward   a gradient is whole -> its own stream copies it into pinned memory, while the GPU goes on with the layers before it
+    backward   a gradient is whole -> its own stream copies it into pinned memory, while the GPU goes on with earlier layers.
+               With offload_gradients few are on the GPU at a time: beyond `ahead` bytes the GPU, not the host, waits for the
+               oldest copy before it takes that gradient's memory for another
     step       parameter by parameter, in the order in which gradients came: wait for that one copy, step on the CPU (torch's
                fused AdamW uses all cores), and let another stream copy the parameter back while the CPU steps the next
 
@@ -20,6 +22,8 @@ Source: Ren et al., "ZeRO-Offload", arXiv 2101.06840.
 from __future__ import annotations
 
 import contextlib
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,6 +65,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters or groups, on a GPU or a CPU. optimizer_class: torch.optim.AdamW or any other that runs on a CPU.
         offload_gradients: free each gradient once it is copied.
+        ahead: bytes of gradients that may be on a GPU because their copies are not over; the largest alone may be more.
         minimal_size: parameters of fewer elements are stepped where they are.
         max_norm: clip the norm of all gradients to it, on the CPU, at each step.
         options: of optimizer_class; `fused=True` is added where torch has it for the CPU.
@@ -78,16 +83,17 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self, params: Any, optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW, *, offload_gradients: bool = False,
-        minimal_size: int = 4096, max_norm: float | None = None, **options: Any,
+        ahead: int = 1 << 28, minimal_size: int = 4096, max_norm: float | None = None, **options: Any,
     ) -> None:  # fmt: skip
         if optimizer_class in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD) and not options.get("foreach"):
             options.setdefault("fused", True)
         self._class, self._options, self._offload = optimizer_class, options, offload_gradients
-        self._smallest, self.max_norm = minimal_size, max_norm
+        self._smallest, self.max_norm, self._ahead = minimal_size, max_norm, ahead
         self._hosts: dict[Tensor, _Host] = {}
         self._queue: list[_Host] = []
         self._handles: list[Any] = []
         self._streams: dict[torch.device, tuple[Any, Any]] = {}
+        self._leaving: dict[torch.device, deque[tuple[Tensor, Any]]] = {}  # gradients and the events of their copies
         probe = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
         super().__init__(params, dict(probe.defaults))
 
@@ -105,7 +111,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             self._hosts[param] = host
             self.state[param] = host.optimizer.state[twin]
             if on_host:
-                self._handles.append(param.register_post_accumulate_grad_hook(self._arrived))
+                self._handles.append(param.register_post_accumulate_grad_hook(_weakly(self)))
 
     @property
     def host_nbytes(self) -> int:
@@ -142,6 +148,8 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             self._queue.append(host)
         if self._offload:
             param.grad = None
+            if grad.device.type == "cuda":
+                self._leave(grad, host.event)
 
     def _copy(self, host: _Host, target: Tensor, grad: Tensor) -> None:
         if grad.device.type != "cuda":
@@ -152,8 +160,22 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             with torch.cuda.stream(down):
                 target.copy_(grad, non_blocking=True)
                 host.event = down.record_event()
-            grad.record_stream(down)
+            if not self._offload:
+                grad.record_stream(down)
         host.grad_version = grad._version
+
+    def _leave(self, grad: Tensor, event: Any) -> None:
+        """Keep a gradient until `ahead` bytes came after it; what its stream does from then on waits for the copy.
+
+        `record_stream` would give the memory back only once the host sees the copy done, and the host is far ahead: all
+        gradients would be on the GPU at once."""
+        leaving = self._leaving.setdefault(grad.device, deque())
+        leaving.append((grad, event))
+        nbytes = sum(held.numel() * held.element_size() for held, _ in leaving)
+        while len(leaving) > 1 and nbytes > self._ahead:
+            oldest, copied = leaving.popleft()
+            torch.cuda.current_stream(grad.device).wait_event(copied)
+            nbytes -= oldest.numel() * oldest.element_size()
 
     def _stream(self, device: torch.device) -> tuple[Any, Any]:
         if device not in self._streams:
@@ -195,6 +217,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                 host.optimizer.step()
                 torch.autograd.graph.increment_version(host.param)
         self._queue = []
+        self._leaving.clear()  # every copy has been waited for
         for device, (_, up) in self._streams.items():
             torch.cuda.current_stream(device).wait_stream(up)
         return loss
@@ -275,6 +298,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             self._wait(host)
             host.pending, host.added = False, True
         self._queue = []
+        self._leaving.clear()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------
 
@@ -301,6 +325,18 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         raise MisfitError("CPUOffloadOptimizer holds hooks and streams: save its state_dict() instead of the object.")
+
+
+def _weakly(optimizer: CPUOffloadOptimizer) -> Callable[[Tensor], None]:
+    """A parameter's hook that does not keep the optimizer, which keeps the parameter: no collector sees through such a ring."""
+    held = weakref.ref(optimizer)
+
+    def arrived(param: Tensor) -> None:
+        found = held()
+        if found is not None:
+            found._arrived(param)
+
+    return arrived
 
 
 def _pinned_like(x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from ...ops.matmul import reference as matmul_reference
 from ...ops.product import formats, values_product
 from ...ops.product import reference as product_reference
 from ...ops.registry import Case, Kernel
+from ...ops.update import RULES
 from ...ops.update import reference as update_reference
 
 
@@ -189,6 +190,6 @@ KERNELS = (
     ),
     *(
         _last(rule, "reference", partial(update_reference, rule), _IN_TORCH, _step_in_torch)
-        for rule in ("adam", "sgd", "lion")
+        for rule in RULES
     ),
 )  # fmt: skip

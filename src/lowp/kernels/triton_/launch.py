@@ -49,16 +49,17 @@ def _early(device: torch.device) -> bool:
 def launch(
     kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: Callable[[], tuple[Any, ...]],
     device: torch.device, warps: int, stages: int = 1, fusion: bool = False,
-    first: Callable[[], tuple[Any, ...]] | None = None,
+    first: Callable[[], tuple[Any, ...]] | None = None, registers: int = 0,
 ) -> None:  # fmt: skip
     """Start `kernel` with arguments and, behind them, its constants, which are asked for once for each key, and EARLY.
 
     first: the arguments as Triton is shown them, once for each key, where it has no name for a dtype of `args`.
     fusion: the compiler may contract a product and a sum to one instruction that the kernel's text does not ask for; never where
-    bytes are compared exactly."""
+    bytes are compared exactly. registers: the most that a thread may take, so that more programs share a multiprocessor; 0 leaves
+    it to the compiler."""
     found = _COMPILED.get(key)
     if found is None:
-        _first(kernel, key, grid, first() if first else args, constants(), device, warps, stages, fusion)
+        _first(kernel, key, grid, first() if first else args, constants(), device, warps, stages, fusion, registers)
         return
     compiled, constant = found
     if device.index == torch._C._cuda_getDevice():
@@ -70,11 +71,13 @@ def launch(
 
 def _first(
     kernel: Any, key: Any, grid: tuple[int, int, int], args: tuple[Any, ...], constants: tuple[Any, ...],
-    device: torch.device, warps: int, stages: int, fusion: bool,
+    device: torch.device, warps: int, stages: int, fusion: bool, registers: int,
 ) -> None:  # fmt: skip
     early = _early(device)
     constants = (*constants, early)
     options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion)
+    if registers and torch.version.cuda is not None:
+        options["maxnreg"] = registers
     if early:  # an option of CUDA's backend alone
         options["launch_pdl"] = True
     if interpreted():

@@ -11,7 +11,7 @@ graph that was captured, or another stream, may still read it.
 
 What makes it cheap:
   - A codebook is decoded by one look-up among its values and encoded by one look-up among its buckets (`numerics/buckets.py`),
-    in shared memory: 8 integer operations instead of 8 steps of a search.
+    in shared memory: 7 integer operations instead of 8 steps of a search.
   - x / scale is x * low + x * high rounded once, with 1 / scale in two floats: IEEE's quotient in two instructions (Brisebarre,
     Muller, "Correctly rounded multiplication by arbitrary precision constants", IEEE TC 57(2), 2008). So codes and scales are the
     bytes of `numerics.quantize`; only the parameter, with the hardware's square root and quotient, may differ in its last bit.
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ...numerics import Format
 from ...ops.registry import Case, Kernel, device_capability
-from ...ops.update import RULES, Coefficients, Settings, Slot, formats_of, why_not_flat
+from ...ops.update import ELEMENTWISE, Coefficients, Slot, Step, formats_of, why_not_flat
 from . import interpreted, why_not_portable
 from .launch import begin, launch
 from .rounding import TINY, at_least, bits_of, encode_float, float_of, to_bf16, widen
@@ -44,7 +44,6 @@ from .rounding import TINY, at_least, bits_of, encode_float, float_of, to_bf16, 
 _NO_FMA = tl.constexpr(interpreted())
 FLOAT, CODEBOOK, NATIVE, ARITHMETIC = 0, 1, 2, 3  # how a state is coded; the two last are small floats
 _FIELDS = tl.constexpr(11)  # of a row of the table
-_WARPS = 8
 _LARGEST_BLOCK = 2048
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -64,34 +63,48 @@ def _spread(per_block, N: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _values(codes, values_ptr, KIND: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr):
-    """The values of codes (N,), uint8."""
-    if KIND == 2:
-        return codes.to(TYPE, bitcast=True).to(tl.float32)
+def _table_of(ptr, SIZE: tl.constexpr, KIND: tl.constexpr):
+    """The numbers of a table in registers, spread over the threads; nothing where a format has none."""
+    if KIND == 1:
+        return tl.load(ptr + tl.arange(0, SIZE))
     else:
-        return tl.gather(tl.load(values_ptr + tl.arange(0, 1 << BITS)), codes.to(tl.int32), 0)
+        return 0
 
 
 @triton.jit
-def _read(
-    row_ptr, FIELD: tl.constexpr, values_ptr, at, mask, blocks, N: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr,
-    BITS: tl.constexpr, TYPE: tl.constexpr, W: tl.constexpr, first,
+def _fetch(
+    row_ptr, FIELD: tl.constexpr, at, mask, blocks, N: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr,
+    TYPE: tl.constexpr, W: tl.constexpr, first,
 ):  # fmt: skip
-    """A state's values at a tile: first is the tile's first block, blocks how many there are."""
+    """A state at a tile as it lies in memory: codes (or floats) and scales. first is the tile's first block, blocks how many
+    there are."""
     if KIND == 0:
-        return widen(tl.load(_pointer(row_ptr, FIELD, TYPE, W) + at, mask=mask, other=0.0))
+        return tl.load(_pointer(row_ptr, FIELD, TYPE, W) + at, mask=mask, other=0.0), 1.0
     else:
-        if BITS == 4:
-            half = first * (G // 2) + tl.arange(0, N // 2)
-            packed = tl.load(
-                _pointer(row_ptr, FIELD, tl.uint8, (W + 1) // 2) + half, mask=half < blocks * (G // 2), other=0
-            )
-            codes = tl.join(packed & 15, packed >> 4).reshape((N,))
-        else:
-            codes = tl.load(_pointer(row_ptr, FIELD, tl.uint8, W) + at, mask=mask, other=0)
         block = first + tl.arange(0, N // G)
         scale = tl.load(_pointer(row_ptr, FIELD + 1, tl.float32, 1) + block, mask=block < blocks, other=1.0)
-        return _values(codes, values_ptr, KIND, BITS, TYPE) * _spread(scale, N, G)
+        if BITS == 4:
+            half = first * (G // 2) + tl.arange(0, N // 2)
+            packed_ptr = _pointer(row_ptr, FIELD, tl.uint8, (W + 1) // 2)
+            return tl.load(packed_ptr + half, mask=half < blocks * (G // 2), other=0), scale
+        else:
+            return tl.load(_pointer(row_ptr, FIELD, tl.uint8, W) + at, mask=mask, other=0), scale
+
+
+@triton.jit
+def _decoded(
+    codes, scale, values, N: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr
+):
+    """The values of what `_fetch` found; `values` of all codes."""
+    if KIND == 0:
+        return widen(codes)
+    else:
+        if BITS == 4:
+            codes = tl.join(codes & 15, codes >> 4).reshape((N,))
+        if KIND == 1:
+            return tl.gather(values, codes.to(tl.int32), 0) * _spread(scale, N, G)
+        else:
+            return codes.to(TYPE, bitcast=True).to(tl.float32) * _spread(scale, N, G)
 
 
 @triton.jit
@@ -132,7 +145,7 @@ def _scale(amax, LARGEST: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexp
 
 @triton.jit
 def _codes(
-    x, size, scale, words_ptr, N: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr,
+    x, size, scale, words, N: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr,
     SHIFT: tl.constexpr, BASE: tl.constexpr, FIRST: tl.constexpr, WORDS: tl.constexpr, MBITS: tl.constexpr,
     LOWEST: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
@@ -142,8 +155,8 @@ def _codes(
             key = tl.maximum(bits_of(_quotient(size, scale, N, G, True)) - BASE, 0) ^ (bits_of(x) >> 31)
         else:
             key = tl.maximum(bits_of(_quotient(x, scale, N, G, True)) - BASE, 0)
-        word = tl.gather(tl.load(words_ptr + tl.arange(0, WORDS)), (key >> SHIFT) + FIRST, 0)
-        return ((word + (key & ((1 << SHIFT) - 1))) >> SHIFT).to(tl.uint8)
+        word = tl.gather(words, (key >> SHIFT) + FIRST, 0)
+        return ((word + key) >> SHIFT).to(tl.uint8)
     elif KIND == 2:
         return _quotient(x, scale, N, G, False).to(TYPE).to(tl.uint8, bitcast=True)
     else:
@@ -153,7 +166,7 @@ def _codes(
 
 @triton.jit
 def _write(
-    row_ptr, FIELD: tl.constexpr, POSITIVE: tl.constexpr, words_ptr, x, at, mask, blocks, N: tl.constexpr, G: tl.constexpr,
+    row_ptr, FIELD: tl.constexpr, POSITIVE: tl.constexpr, words, x, at, mask, blocks, N: tl.constexpr, G: tl.constexpr,
     KIND: tl.constexpr, BITS: tl.constexpr, TYPE: tl.constexpr, SHIFT: tl.constexpr, BASE: tl.constexpr, FIRST: tl.constexpr,
     WORDS: tl.constexpr, MBITS: tl.constexpr, LOWEST: tl.constexpr, LARGEST: tl.constexpr, INVERSE: tl.constexpr,
     REST: tl.constexpr, W: tl.constexpr, first,
@@ -169,9 +182,7 @@ def _write(
         scale = _scale(amax, LARGEST, INVERSE, REST)
         block = first + tl.arange(0, N // G)
         tl.store(_pointer(row_ptr, FIELD + 1, tl.float32, 1) + block, scale, mask=block < blocks)
-        codes = _codes(
-            x, size, scale, words_ptr, N, G, KIND, BITS, TYPE, SHIFT, BASE, FIRST, WORDS, MBITS, LOWEST, LARGEST
-        )
+        codes = _codes(x, size, scale, words, N, G, KIND, BITS, TYPE, SHIFT, BASE, FIRST, WORDS, MBITS, LOWEST, LARGEST)
         if BITS == 4:
             low, high = tl.split(codes.reshape((N // 2, 2)))
             half = first * (G // 2) + tl.arange(0, N // 2)
@@ -275,9 +286,19 @@ def _update_kernel(
     p_ptr = _pointer(row_ptr, 0, P, W)
     p = widen(tl.load(p_ptr + at, mask=mask, other=0.0))
     g = widen(tl.load(_pointer(row_ptr, 1, Q, W) + at, mask=mask, other=0.0))
-    m = _read(row_ptr, 2, values0_ptr, at, mask, blocks, N, G, KIND0, BITS0, TYPE0, W, block)
+    # All loads before the first look-up: that has a barrier, behind which a load would be waited for once more.
+    codes0, scale0 = _fetch(row_ptr, 2, at, mask, blocks, N, G, KIND0, BITS0, TYPE0, W, block)
+    values0 = _table_of(values0_ptr, 1 << BITS0, KIND0)
     if RULE == 0:
-        v = _read(row_ptr, 4, values1_ptr, at, mask, blocks, N, G, KIND1, BITS1, TYPE1, W, block)
+        codes1, scale1 = _fetch(row_ptr, 4, at, mask, blocks, N, G, KIND1, BITS1, TYPE1, W, block)
+        values1 = _table_of(values1_ptr, 1 << BITS1, KIND1)
+        if AMSGRAD:
+            codes2, scale2 = _fetch(row_ptr, 6, at, mask, blocks, N, G, KIND1, BITS1, TYPE1, W, block)
+        words1 = _table_of(words1_ptr, WORDS1, KIND1)
+        v = _decoded(codes1, scale1, values1, N, G, KIND1, BITS1, TYPE1)
+    m = _decoded(codes0, scale0, values0, N, G, KIND0, BITS0, TYPE0)
+
+    words0 = _table_of(words0_ptr, WORDS0, KIND0)
 
     if SCALED:
         g = g * tl.div_rn(1.0, tl.load(scale_ptr).to(tl.float32))
@@ -291,14 +312,14 @@ def _update_kernel(
         v = v * beta2 + g * g * keep2
         top = v
         if AMSGRAD:
-            top = tl.maximum(_read(row_ptr, 6, values1_ptr, at, mask, blocks, N, G, KIND1, BITS1, TYPE1, W, block), v)
+            top = tl.maximum(_decoded(codes2, scale2, values1, N, G, KIND1, BITS1, TYPE1), v)
             _write(
-                row_ptr, 6, True, words1_ptr, top, at, mask, blocks, N, G, KIND1, BITS1, TYPE1, SHIFT1, BASE1, FIRST1, WORDS1,
+                row_ptr, 6, True, words1, top, at, mask, blocks, N, G, KIND1, BITS1, TYPE1, SHIFT1, BASE1, FIRST1, WORDS1,
                 MBITS1, LOWEST1, LARGEST1, INVERSE1, REST1, W, block,
             )  # fmt: skip
         p = _moved(p, _direction(m, top, root, eps), decay, rate)
         _write(
-            row_ptr, 4, True, words1_ptr, v, at, mask, blocks, N, G, KIND1, BITS1, TYPE1, SHIFT1, BASE1, FIRST1, WORDS1, MBITS1,
+            row_ptr, 4, True, words1, v, at, mask, blocks, N, G, KIND1, BITS1, TYPE1, SHIFT1, BASE1, FIRST1, WORDS1, MBITS1,
             LOWEST1, LARGEST1, INVERSE1, REST1, W, block,
         )  # fmt: skip
     elif RULE == 1:
@@ -312,7 +333,7 @@ def _update_kernel(
         p = p * decay - tl.where(u > 0, rate, tl.where(u < 0, -rate, 0.0))
         m = m * beta2 + g * keep2
     _write(
-        row_ptr, 2, False, words0_ptr, m, at, mask, blocks, N, G, KIND0, BITS0, TYPE0, SHIFT0, BASE0, FIRST0, WORDS0, MBITS0,
+        row_ptr, 2, False, words0, m, at, mask, blocks, N, G, KIND0, BITS0, TYPE0, SHIFT0, BASE0, FIRST0, WORDS0, MBITS0,
         LOWEST0, LARGEST0, INVERSE0, REST0, W, block,
     )  # fmt: skip
     if NOISE:
@@ -456,28 +477,47 @@ def _made(slots: Sequence[Slot], tile: int) -> Plan:
     )
 
 
-def _tile(formats: Sequence[Format]) -> int:
-    """Elements of a program. Maps of 256 values bring 16 KB of buckets each into shared memory, so they want many."""
-    large = any(fmt.element.kind == "codebook" and fmt.element.bits == 8 for fmt in formats)
-    return 8192 if large else 4096 if any(not fmt.is_identity for fmt in formats) else 2048
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """How a kernel is cut: elements of a program, its warps, elements that a thread holds side by side, and the most registers
+    that a thread may take (0: as many as it wants)."""
+
+    tile: int
+    warps: int = 8
+    wide: int = 8
+    registers: int = 0
+
+    def width(self, four: bool) -> int:
+        """Elements side by side; numbers of four bytes are read by fours."""
+        return 4 if four else self.wide
+
+
+def _tiling(formats: Sequence[Format]) -> Tiling:
+    """Found on an H200 with `benchmarks/optim.py --tiles`. Maps of 256 values bring 16 KB of buckets each into shared memory, so
+    their programs are large; with more than 128 registers only one of 256 threads would fit a multiprocessor, and step alone
+    takes half as long again."""
+    kinds = {(fmt.element.kind, fmt.element.bits) for fmt in formats}
+    if ("codebook", 8) in kinds:
+        return Tiling(tile=8192, registers=128)
+    if ("codebook", 4) in kinds:
+        return Tiling(tile=2048, warps=4, registers=64)
+    return Tiling(tile=2048, warps=4, wide=16) if ("float", 8) in kinds else Tiling(tile=2048)
 
 
 def _block(fmt: Format) -> int:
     return 0 if fmt.is_identity else int(fmt.block.removeprefix("1x"))
 
 
-def _run(
-    rule: int, slots: Sequence[Slot], grads: Sequence[Tensor], settings: Settings, numbers: Coefficients | Tensor,
-    grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
-) -> None:  # fmt: skip
-    formats = formats_of(slots[0].scheme)
+def _run(rule: int, step: Step) -> None:
+    slot, grad, s, numbers = step.slots[0], step.grads[0], step.settings, step.numbers
+    formats = formats_of(slot.scheme)
     group = max(map(_block, formats[: 2 if rule == 0 else 1])) or 256
-    tile = _tile(formats)
-    plan, slot, grad = _plan(slots, tile), slots[0], grads[0]
+    tiling = _tiling(formats[: 2 if rule == 0 else 1])
+    plan = _plan(step.slots, tiling.tile)
     if not len(plan.work):
         return
-    table = _table(plan, grads)
-    device, s = slot.param.device, settings
+    table = _table(plan, step.grads)
+    device = slot.param.device
     sm = device_capability(device.type, device.index)
     first, second = str(formats[0]), str(formats[1]) if rule == 0 else "fp32"
     four = torch.float32 in (slot.param.dtype, grad.dtype) or (FLOAT, torch.float32) in (
@@ -485,10 +525,10 @@ def _run(
     )
     coupled = s.weight_decay != 0 and not s.decoupled
     constants = (
-        rule, _TYPES[slot.param.dtype], _TYPES[grad.dtype], tile, group, (4 if four else 8) if table.aligned else 1,
+        rule, _TYPES[slot.param.dtype], _TYPES[grad.dtype], tiling.tile, group, tiling.width(four) if table.aligned else 1,
         table.aligned, s.amsgrad and rule == 0, s.maximize, coupled, s.nesterov,
         s.seed is not None and slot.param.dtype == torch.bfloat16,
-        isinstance(numbers, Tensor), grad_scale is not None, found_inf is not None,
+        isinstance(numbers, Tensor), step.grad_scale is not None, step.found_inf is not None,
     )  # fmt: skip
     tensors = (table.device, plan.work, *_tables(first, device), *_tables(second, device))
     host = (
@@ -501,12 +541,12 @@ def _run(
     # One type for each, whatever was given: the compiled kernel is found by a key that does not hold them. So the seed's 32 bits
     # go as a signed number.
     scalars = (*map(float, floats), int(host.step), seed - (seed >> 31 << 32))
-    optional = (numbers if isinstance(numbers, Tensor) else None, grad_scale, found_inf)
-    key = ("update", constants, first, second, device, tuple(x if x is None else x.dtype for x in optional))
+    optional = (numbers if isinstance(numbers, Tensor) else None, step.grad_scale, step.found_inf)
+    key = ("update", constants, tiling, first, second, device, tuple(x if x is None else x.dtype for x in optional))
     args = (*tensors, *optional, *scalars)
     launch(
         _update_kernel, key, (len(plan.work), 1, 1), args, lambda: (*constants, *_coded(first, sm), *_coded(second, sm)),
-        device, _WARPS,
+        device, tiling.warps, registers=tiling.registers,
     )  # fmt: skip
 
 
@@ -551,5 +591,5 @@ KERNELS = tuple(
         op=rule, name="fused", rank=50, layout="", why_not=_why_not, run=functools.partial(_run, i), how=_how, cases=_CASES,
         about="a list of parameters in one launch and one pass over memory, in Triton",
     )
-    for i, rule in enumerate(RULES)
+    for i, rule in enumerate(ELEMENTWISE)
 )  # fmt: skip
