@@ -100,6 +100,8 @@ def encode_float(
     exponent = tl.maximum(bits_of(magnitude) >> 23, LOWEST)
     steps = magnitude * float_of((254 + MBITS - exponent) << 23) + MAGIC
     sign = bits_of(q) & -2147483648
+    if not NAN and not _NO_FMA:  # a GPU's division answers NaN without a sign, `quotient` gives it that of x
+        sign = tl.where(q == q, sign, 0)
     code = (bits_of(steps) & 0x3FFFFF) + ((exponent - LOWEST) << MBITS)
     code = code | ((sign >> (32 - BITS)) & (1 << (BITS - 1)))
     value = float_of(bits_of((steps - MAGIC) * float_of((exponent - MBITS) << 23)) | sign)
