@@ -307,7 +307,9 @@ def test_triton_writes_the_numbers_and_gradients_of_learned_scales(spelling, cla
         pytest.skip("Triton's interpreter is off: a GPU is here")
     fmt = Format.parse(spelling)
     for dtype in (torch.bfloat16, torch.float32):
-        x = numbers(dtype, device)[slice(32, 96) if "32x32" in spelling else slice(40), : 192 if "96" in spelling else 256]
+        x = numbers(dtype, device)[
+            slice(32, 96) if "32x32" in spelling else slice(40), : 192 if "96" in spelling else 256
+        ]
         start = quantize(x, fmt)
         scale = read_scale(start, fmt) * 0.7  # some numbers are clamped
         scale[0] = -1.0  # stored as the smallest there is

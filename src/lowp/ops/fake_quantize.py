@@ -71,7 +71,7 @@ def fake_quantize_again(x: Tensor, fmt: Format) -> Tensor:
 
 
 def fused(x: Tensor, fmt: Format) -> Tensor | None:
-    """The values of `fake_quantize` as operations of torch, for a compiler to fuse with what makes x; None where that is not done.
+    """The values of `fake_quantize` as torch's own operations, for a compiler to fuse with what makes x; None where not.
 
     While a graph is traced, and for one float32 scale a row: there a compiler can lose nothing but the visit of x itself to
     bf16 and the last bit of a quotient. A norm or an activation function then writes quantized numbers at once: they take
@@ -82,10 +82,12 @@ def fused(x: Tensor, fmt: Format) -> Tensor | None:
     return reference(x, fmt)
 
 
-def fake_quantize_merged(base: Tensor, b: Tensor, a: Tensor, scaling: float, fmt: Format, *, again: bool = False) -> Tensor:
+def fake_quantize_merged(
+    base: Tensor, b: Tensor, a: Tensor, scaling: float, fmt: Format, *, again: bool = False
+) -> Tensor:
     """The values of `fake_quantize` of a weight merged with its adapters, base + scaling * b @ a, without a gradient.
 
-    One operator for both steps: made again in a backward, it needs the parameters and nothing that the forward would have to keep.
+    One operator for both steps: made again in a backward, it needs the parameters and nothing that a forward would have to keep.
 
     Args:
         base: (N, K). b: (N, r). a: (r, K), in b's dtype. again: of another name, see `fake_quantize_again`.

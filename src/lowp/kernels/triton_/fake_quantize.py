@@ -78,7 +78,7 @@ def _fake_kernel(
         if RECIPROCAL:
             q = x * inverse[:, None]
         else:
-            q = quotient(x, value[:, None], False)
+            q = quotient(x, value[:, None], False, x_ptr.dtype.element_ty == tl.bfloat16 and SCALE == 1, KIND != 0)
         if ZERO == 1:
             q = (q + MAGIC - MAGIC) + zero[:, None]
         elif ZERO:

@@ -54,7 +54,7 @@ def _given_kernel(
     if RECIPROCAL:
         steps = x * inverse[:, None]
     else:
-        steps = quotient(x, value[:, None], True)
+        steps = quotient(x, value[:, None], True, x_ptr.dtype.element_ty == tl.bfloat16 and SCALE == 1, KIND != 0)
     q = steps
     if ZERO:
         zero = tl.load(zero_ptr + block, mask=block < blocks, other=0.0)
@@ -95,7 +95,10 @@ def _launched(
     plan = plan_of(str(fmt), x_MK.shape[1], device_capability(x.device.type, x.device.index))
     given = [None if one is None else one.to(torch.float32).contiguous() for one in (scale, zero_point)]
     grad = None if grad is None else grad.reshape(x_MK.shape).to(x.dtype).contiguous()
-    answers = [torch.empty_like(x_MK), *(None if grad is None or one is None else torch.empty_like(one) for one in given)]
+    answers = [
+        torch.empty_like(x_MK),
+        *(None if grad is None or one is None else torch.empty_like(one) for one in given),
+    ]
     per_row = x_MK.shape[1] // plan.columns
     blocks, size = x_MK.shape[0] // plan.rows * per_row, plan.rows * plan.columns
     key = (

@@ -69,10 +69,11 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def quotient(x, s, STATIC: tl.constexpr):
+def quotient(x, s, STATIC: tl.constexpr, NARROW: tl.constexpr = False, SIGNED: tl.constexpr = True):
     """x / s, rounded as IEEE rounds; s is positive, infinite or NaN, one for each row of the tile.
 
-    A quotient beyond 2**59 may come out smaller."""
+    NARROW: both are bf16, for which one correction is exact (all 128 x 128 pairs of mantissas were tried). SIGNED: -0.0 keeps its
+    sign. A quotient beyond 2**59 may come out smaller."""
     if _NO_FMA:
         return tl.div_rn(x, s)
     else:
@@ -86,8 +87,11 @@ def quotient(x, s, STATIC: tl.constexpr):
             a = tl.where(a > _HUGE, _HUGE, tl.where(a < -_HUGE, -_HUGE, a))
         q = a * r
         q = tl.fma(tl.fma(-q, d, a), r, q)
-        q = tl.fma(tl.fma(-q, d, a), r, q)
-        return float_of(bits_of(q) | (bits_of(x) & -2147483648))  # the sum of -0.0 and 0.0 is 0.0
+        if not NARROW:
+            q = tl.fma(tl.fma(-q, d, a), r, q)
+        if SIGNED:
+            q = float_of(bits_of(q) | (bits_of(x) & -2147483648))  # the sum of -0.0 and 0.0 is 0.0
+        return q
 
 
 @triton.jit
