@@ -68,7 +68,7 @@ def _amax_kernel(
     x_ptr, pre_ptr, part_ptr, units, K, TILE: tl.constexpr, PRE: tl.constexpr, XROUND: tl.constexpr, UNIT: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The largest magnitude of every so many tiles, as bits: one number a program. UNIT: numbers that are read or left together."""
+    """The largest magnitude of every so many tiles, as bits: one number a program. UNIT: numbers read as one."""
     begin(EARLY)
     total = units.to(tl.int64) * UNIT
     lane = tl.arange(0, TILE)

@@ -34,6 +34,18 @@ _TILE = 2048  # numbers of a tile of small blocks
 
 
 @triton.jit
+def tile_of(
+    blocks, K, G: tl.constexpr, SIZE: tl.constexpr, GP: tl.constexpr, RB: tl.constexpr, BPR: tl.constexpr
+):  # fmt: skip
+    """The blocks of this program (RB,), where their numbers lie (RB, GP), and which of them there are."""
+    block = tl.program_id(0) * RB + tl.arange(0, RB)
+    lane = tl.arange(0, GP)
+    row = (block // BPR)[:, None] * (SIZE // G) + (lane // G)[None, :]
+    at = row.to(tl.int64) * K + (block % BPR)[:, None] * G + (lane % G)[None, :]
+    return block, at, (block[:, None] < blocks) & (lane[None, :] < SIZE)
+
+
+@triton.jit
 def store_floats(at, number, mask):
     """Write float32 numbers in the dtype of where they go: fp16 saturates, infinity and NaN stay."""
     if at.dtype.element_ty == tl.bfloat16:
@@ -58,11 +70,7 @@ def _fake_kernel(
 ):  # fmt: skip
     """One tile. TENSOR: blocks only cut the work, one scale serves all. GRAD: write the gradient. The rest is `constants_of`."""
     begin(EARLY)
-    block = tl.program_id(0) * RB + tl.arange(0, RB)
-    lane = tl.arange(0, GP)
-    row = (block // BPR)[:, None] * (SIZE // G) + (lane // G)[None, :]
-    at = row.to(tl.int64) * K + (block % BPR)[:, None] * G + (lane % G)[None, :]
-    mask = (block[:, None] < blocks) & (lane[None, :] < SIZE)
+    _, at, mask = tile_of(blocks, K, G, SIZE, GP, RB, BPR)
     x = widen(tl.load(x_ptr + at, mask=mask, other=0.0))
 
     _, value, inverse, zero, _ = block_scale(

@@ -26,7 +26,7 @@ from ...numerics import Format
 from ...numerics.math import ZERO_POINT_DTYPES
 from ...ops.fake_quantize import given_grad_reference, given_reference
 from ...ops.registry import Case, Kernel, device_capability
-from .fake_quantize import plan_of, store_floats
+from .fake_quantize import plan_of, store_floats, tile_of
 from .fake_quantize import why_not as why_not_scaled
 from .launch import aligned, begin, launch
 from .rounding import MAGIC, encode, quotient, rounded, stored_scale, widen
@@ -44,11 +44,7 @@ def _given_kernel(
 ):  # fmt: skip
     """One tile. GRAD: write the gradients. PASS: dx is dy. ZLOW, ZHIGH: of an integer zero point. The rest: `_fake_kernel`."""
     begin(EARLY)
-    block = tl.program_id(0) * RB + tl.arange(0, RB)
-    lane = tl.arange(0, GP)
-    row = (block // BPR)[:, None] * (SIZE // G) + (lane // G)[None, :]
-    at = row.to(tl.int64) * K + (block % BPR)[:, None] * G + (lane % G)[None, :]
-    mask = (block[:, None] < blocks) & (lane[None, :] < SIZE)
+    block, at, mask = tile_of(blocks, K, G, SIZE, GP, RB, BPR)
     x = widen(tl.load(x_ptr + at, mask=mask, other=0.0))
     _, value, inverse = stored_scale(tl.load(scale_ptr + block, mask=block < blocks, other=1.0), 1.0, SCALE)
     if RECIPROCAL:
