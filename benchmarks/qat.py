@@ -1,6 +1,7 @@
 """What fake quantization costs a training step: time and memory of a few Llama blocks, against the same step in floats.
 
     python benchmarks/qat.py                               3 blocks of Llama-3-8B's shape, 8192 tokens, bf16, compiled, on the GPU
+    python benchmarks/qat.py --kernels                     also the kernels alone, in GB/s, beside a copy
     python benchmarks/qat.py --device cpu --shape small    on a CPU: 3 blocks of 512, 512 tokens, float32, eager
     python benchmarks/qat.py --no-record                   a dry run
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import statistics
 import sys
@@ -54,7 +56,8 @@ def blocks(shape: str, layers: int, device: torch.device, dtype: torch.dtype) ->
         num_key_value_heads=kv_heads, vocab_size=128, max_position_embeddings=tokens, attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
-    return LlamaModel(config).to(device, dtype).train()
+    with device:
+        return LlamaModel(config).to(dtype).train()
 
 
 def torchao_prepared(model: nn.Module, scheme: str) -> nn.Module | None:
@@ -75,27 +78,66 @@ def variants(args: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     floats = blocks(args.shape, args.layers, device, dtype)
     made: dict[str, nn.Module] = {"floats": floats}
     for scheme in args.schemes.split(","):
-        for name, lora in ((scheme, None), (f"{scheme} + LoRA", qat.Lora(rank=16))):
+        adapted = {f"{scheme} + LoRA": qat.Lora(rank=16)} if args.lora else {}
+        for name, lora in ({scheme: None} | adapted).items():
             model = copy.deepcopy(floats)
             qat.prepare(model, scheme, lora=lora)
             made[name] = model
-        theirs = torchao_prepared(copy.deepcopy(floats), scheme) if scheme in SCHEMES else None
+        theirs = torchao_prepared(copy.deepcopy(floats), scheme) if args.torchao and scheme in SCHEMES else None
         if theirs is not None:
             made[f"{scheme}, torchao"] = theirs
     return made
 
 
 def stepper(model: nn.Module, x: torch.Tensor, compiled: bool) -> Callable[[], None]:
-    """One training step."""
+    """One training step. Blocks are compiled one by one: one compilation serves all blocks of a model."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    forward = torch.compile(model) if compiled else model
+    for layer in model.layers if compiled else ():  # type: ignore[union-attr, attr-defined]
+        layer.compile(dynamic=False)
 
     def step() -> None:
-        forward(inputs_embeds=x, use_cache=False).last_hidden_state.float().square().mean().backward()
+        model(inputs_embeds=x, use_cache=False).last_hidden_state.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        x.grad = None
 
     return step
+
+
+def kernels(device: torch.device) -> list[dict[str, Any]]:
+    """Rows of the kernels alone on a weight and on activations of Llama-3-8B: GB/s of what has to be read and written."""
+    from lowp.numerics import Format, quantize
+    from lowp.numerics.math import read_scale
+    from lowp.ops import fake_quantize_given
+    from lowp.ops.fake_quantize import fake_quantize_again
+
+    w_NK = torch.randn(14336, 4096, device=device, dtype=torch.bfloat16)
+    learned = Format.parse("int3/1x32*bf16+bf16")
+    parts = quantize(w_NK, learned)
+    scale, zero = read_scale(parts, learned), parts.zero_point
+    grad, size = torch.randn_like(w_NK), w_NK.numel() * w_NK.element_size()
+    grad_of = torch.ops.lowp.fake_quantize_given_grad
+    jobs: dict[str, tuple[Callable[[], Any], int]] = {"copy": (lambda: w_NK.clone(), 2)}
+    for spelling in (SCHEMES[0], "int4/1x32*bf16", "int8/row", "e4m3/row", "e4m3/1x32*e8m0", "e2m1/1x16*e4m3/tensor"):
+        jobs[spelling] = functools.partial(fake_quantize_again, w_NK, Format.parse(spelling)), 2
+    jobs[f"{learned}, learned"] = (lambda: fake_quantize_given(w_NK, learned, scale, zero.float())), 2
+    jobs[f"{learned}, learned, gradient"] = (lambda: grad_of(grad, w_NK, str(learned), scale, zero.float(), "zero")), 3
+    times = timed({name: _tenfold(job) for name, (job, _) in jobs.items()}, 11, device)
+    rows = []
+    for name, (_, passes) in jobs.items():
+        rate = 10 * passes * size / times[name] / 1e6
+        base = 10 * 2 * size / times["copy"] / 1e6
+        print(f"{name:44} {rate:9.0f} GB/s {rate / base:6.3f} of a copy")
+        rows.append(row("fake quantization", rate, "GB/s", base, device=str(device), model="14336 x 4096", scheme=name))
+    return rows
+
+
+def _tenfold(job: Callable[[], Any]) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(10):
+            job()
+
+    return run
 
 
 def timed(steps: dict[str, Callable[[], None]], turns: int, device: torch.device) -> dict[str, float]:
@@ -148,6 +190,9 @@ def main() -> None:
     p.add_argument("--layers", type=int, default=3)
     p.add_argument("--schemes", default=",".join(SCHEMES))
     p.add_argument("--turns", type=int, default=11)
+    p.add_argument("--lora", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--torchao", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--kernels", action="store_true", help="also the kernels alone (CUDA)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, help="absent: on CUDA")
     p.add_argument("--record", action=argparse.BooleanOptionalAction, default=True)
     args = p.parse_args()
@@ -155,12 +200,13 @@ def main() -> None:
     compiled = device.type == "cuda" if args.compile is None else args.compile
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     hidden, *_, tokens = SHAPES[args.shape]
-    x = torch.randn(1, tokens, hidden, device=device, dtype=dtype)
+    x = torch.randn(1, tokens, hidden, device=device, dtype=dtype, requires_grad=True)
     models = variants(args, device, dtype)
     steps = {name: stepper(model, x, compiled) for name, model in models.items()}
     times = timed(steps, args.turns, device)
     peaks = {name: memory(models[name], step, device) for name, step in steps.items()}
     rows: list[dict[str, Any]] = []
+    blank = dict.fromkeys(("method", "steps", "batch", "context", "tokens", "command"), "")
     command = "python benchmarks/qat.py " + " ".join(sys.argv[1:])
     for name in models:
         more = dict(
@@ -184,6 +230,8 @@ def main() -> None:
             )
         ms, mb = times[name], peaks[name]
         print(f"{name:44} {ms:9.2f} ms {ms / times['floats']:6.3f} {mb:9.1f} MB {mb / peaks['floats']:6.3f}")
+    if args.kernels:
+        rows += [blank | one for one in kernels(device)]
     if args.record:
         append(RESULTS, rows)
 

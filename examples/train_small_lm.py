@@ -522,20 +522,25 @@ def build(size: Size, context: int):
     )
 
 
-def next_token_loss(model, tokens_BT):
-    """Mean loss over packed sequences. The layers are called one by one, without a mask: then attention is plainly causal and
-    takes the flash kernel, while the model's own forward builds a B x T x T mask when it is compiled."""
+def logits_of(model, inputs_BT):
+    """(B, T, V). The layers are called one by one, without a mask: then attention is plainly causal and takes the flash kernel,
+    while the model's own forward builds a B x T x T mask when it is compiled."""
     import torch
-    import torch.nn.functional as F
 
-    inputs_BT, targets_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
     llama = model.model
     x_BTD = llama.embed_tokens(inputs_BT)
     rotary = llama.rotary_emb(x_BTD, position_ids=torch.arange(inputs_BT.shape[1], device=inputs_BT.device)[None])
     for layer in llama.layers:
         x_BTD = layer(x_BTD, attention_mask=None, position_embeddings=rotary)
-    logits_BTV = model.lm_head(llama.norm(x_BTD)).float()
-    return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+    return model.lm_head(llama.norm(x_BTD))
+
+
+def next_token_loss(model, tokens_BT):
+    """Mean loss over packed sequences."""
+    import torch.nn.functional as F
+
+    logits_BTV = logits_of(model, tokens_BT[:, :-1]).float()
+    return F.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT[:, 1:].flatten())
 
 
 def save_model(model, out: Path, tokenizer: Path, max_shard: str) -> None:

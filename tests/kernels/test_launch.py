@@ -13,7 +13,7 @@ import dataclasses, re, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lowp.kernels.triton_ import cast, cast_both, decode, fake_quantize, launch, update, w16, w8a8
+from lowp.kernels.triton_ import cast, cast_both, decode, fake_quantize, fake_quantize_given, launch, update, w16, w8a8
 from lowp.kernels.triton_.packed import parts_of
 from lowp.numerics import Format
 from lowp.ops.update import Settings, Slot, Step, coefficients
@@ -45,7 +45,7 @@ def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion, 
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
     print(kernel.__name__, ptx.count("griddepcontrol.wait"), ptx.count("griddepcontrol.launch_dependents"),
           len(MEMORY.findall(ptx.partition("griddepcontrol.wait")[0])), len(MEMORY.findall(ptx)) > 0)
-    if kernel.__name__ in ("_both_kernel", "_amaxes_kernel"):
+    if kernel.__name__ in ("_both_kernel", "_amaxes_kernel", "_amax_kernel", "_fake_kernel", "_given_kernel"):
         found = re.findall(r"(ld|st)\\.global(?:\\.\\w+)*?(\\.v[248])?\\.b(\\d+)", ptx)
         widest = [max([int(width[2:] or 1) * int(bits) for op, width, bits in found if op == which], default=0)
                   for which in ("ld", "st")]
@@ -53,13 +53,19 @@ def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion, 
 
 
 launch._first = compiled
-cast.device_capability = cast_both.device_capability = fake_quantize.device_capability = lambda *device: 90
+for module in (cast, cast_both, fake_quantize, fake_quantize_given):
+    module.device_capability = lambda *device: 90
 x = torch.randn(4, 512).bfloat16()
 for fmt in ("e4m3/row", "int8/tensor", "e2m1/1x32*e8m0"):
     cast.cast_tensors(x, cast.plan_of(Format.parse(fmt), 512, x.device))
 for fmt in ("int4/1x128*bf16", "int2/1x32*bf16+bf16", "e2m1/1x16*e4m3/tensor"):
     fake_quantize.launched(None, x, Format.parse(fmt))
     fake_quantize.launched(x, x, Format.parse(fmt))
+for fmt in (Format.parse("int4/1x128*bf16"), Format.parse("int3/1x32*bf16+bf16"), Format.parse("e3m2/row")):
+    scale = torch.ones(fmt.scale_shape(tuple(x.shape)))
+    for one in (x, x.float()):
+        for grad in (None, one):
+            fake_quantize_given._launched(grad, one, fmt, scale, scale if fmt.zero_point else None, "zero")
 for scheme in ("e4m3/row@e4m3/row", "int8/row@int8/row"):
     q = QTensor.quantize(torch.randn(512, 512), scheme)
     made = cast.Cast(q.packed["qdata"][:4], torch.ones(4, 1))
@@ -93,6 +99,7 @@ def test_no_kernel_touches_memory_before_it_waits(tmp_path):
         "_amaxes_kernel",
         "_both_kernel",
         "_fake_kernel",
+        "_given_kernel",
         "_product_kernel",
         "_scale_kernel",
         "decode_rows",
@@ -103,4 +110,6 @@ def test_no_kernel_touches_memory_before_it_waits(tmp_path):
     assert {line.split()[0] for line in lines} == kernels
     assert all(line.split()[1:] == ["1", "1", "0", "True"] for line in lines), lines
     widths = {line for line in run.stdout.splitlines() if line.startswith("bits")}
-    assert widths == {"bits _amaxes_kernel 128 0", "bits _both_kernel 128 128"}, "matrices in words of 16 bytes"
+    wide = {f"bits {name} 128 128" for name in ("_both_kernel", "_fake_kernel", "_given_kernel")}
+    narrow = {"bits _amaxes_kernel 128 0", "bits _amax_kernel 128 32"}
+    assert widths == wide | narrow, "matrices in words of 16 bytes"

@@ -12,7 +12,7 @@ from lowp.numerics.math import quantize_given, read_scale
 from lowp.numerics.reach import clamps, inside
 from lowp.ops import fake_quantize, fake_quantize_given, kernels_of
 from lowp.ops.cast import case_of_cast
-from lowp.ops.fake_quantize import grad_reference, reference
+from lowp.ops.fake_quantize import given_grad_reference, given_reference, grad_reference, reference
 
 MORE = {
     "int3/1x32", "int2/1x32*bf16", "int4/1x32~symmetric", "int4/1x32~noclip", "int2/1x32~mse", "uint4/1x32+uint8",
@@ -289,6 +289,39 @@ def test_triton_writes_the_numbers_and_gradients_of_the_reference(spelling, dtyp
             ran += 1
             assert torch.equal(kernel.run(grad, one, fmt), grad_reference(grad, one, fmt))
         assert ran == 2
+
+
+GIVEN_IN_TRITON = [
+    "int4/1x32*bf16", "int4/1x96", "int3/1x32*bf16+bf16", "int2/1x32*bf16+fp32", "int4/1x64*bf16+int8", "uint4/1x32+uint8",
+    "int8/row", "int8/32x32*bf16+fp32", "e4m3/row", "e3m2/1x32*fp16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("clamp", ["zero", "pass"])
+@pytest.mark.parametrize("spelling", GIVEN_IN_TRITON)
+def test_triton_writes_the_numbers_and_gradients_of_learned_scales(spelling, clamp, device, poison):
+    pytest.importorskip("triton", reason="needs Triton")
+    from lowp.kernels.triton_ import interpreted
+
+    if device.type == "cpu" and not interpreted():
+        pytest.skip("Triton's interpreter is off: a GPU is here")
+    fmt = Format.parse(spelling)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = numbers(dtype, device)[
+            slice(32, 96) if "32x32" in spelling else slice(40), : 192 if "96" in spelling else 256
+        ]
+        start = quantize(x, fmt)
+        scale = read_scale(start, fmt) * 0.7  # some numbers are clamped
+        scale[0] = -1.0  # stored as the smallest there is
+        zero = start.zero_point.float() + 0.3 if fmt.zero_point else None
+        grad = torch.randn(x.shape, device=device).to(dtype)
+        wanted = given_grad_reference(grad, x, fmt, scale, zero, clamp)
+        (forward,), (backward,) = fast("fake_quantize_given", fmt, x), fast("fake_quantize_given_grad", fmt, x)
+        assert same(forward.run(x, fmt, scale, zero), given_reference(x, fmt, scale, zero))
+        got = backward.run(grad, x, fmt, scale, zero, clamp)
+        assert torch.equal(got[0], wanted[0]) and len(got) == len(wanted)
+        for one, other in zip(got[1:], wanted[1:], strict=True):
+            torch.testing.assert_close(one[1:], other[1:], rtol=1e-4, atol=1e-3 * float(other[1:].abs().median() + 1))
 
 
 def test_triton_refuses_in_sentences_and_the_reference_takes_over(device):

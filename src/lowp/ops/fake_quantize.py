@@ -70,6 +70,41 @@ def fake_quantize_again(x: Tensor, fmt: Format) -> Tensor:
     return y
 
 
+def fused(x: Tensor, fmt: Format) -> Tensor | None:
+    """The values of `fake_quantize` as torch's own operations, for a compiler to fuse with what makes x; None where not.
+
+    While a graph is traced, and for one float32 scale a row: there a compiler can lose nothing but the visit of x itself to
+    bf16 and the last bit of a quotient. A norm or an activation function then writes quantized numbers at once: they take
+    the place of x in memory, and layers that read the same x share them.
+    """
+    if not torch.compiler.is_compiling() or fmt.block != "row" or str(fmt.scale) != "fp32" or fmt.rule == "mse":
+        return None
+    return reference(x, fmt)
+
+
+def fake_quantize_merged(
+    base: Tensor, b: Tensor, a: Tensor, scaling: float, fmt: Format, *, again: bool = False
+) -> Tensor:
+    """The values of `fake_quantize` of a weight merged with its adapters, base + scaling * b @ a, without a gradient.
+
+    One operator for both steps: made again in a backward, it needs the parameters and nothing that a forward would have to keep.
+
+    Args:
+        base: (N, K). b: (N, r). a: (r, K), in b's dtype. again: of another name, see `fake_quantize_again`.
+
+    Returns:
+        (N, K) in b's dtype.
+    """
+    op = torch.ops.lowp.fake_quantize_merged_again if again else torch.ops.lowp.fake_quantize_merged
+    y: Tensor = op(base, b, a, scaling, str(fmt))
+    return y
+
+
+def merged(base: Tensor, b: Tensor, a: Tensor, scaling: float) -> Tensor:
+    """(N, K): a weight plus its adapters, in their dtype."""
+    return torch.addmm(base.to(b.dtype), b, a, alpha=scaling)
+
+
 def stopped(grad: Tensor, x: Tensor, fmt: Format, clamp: str) -> Tensor:
     """The gradient of `fake_quantize` at x: `grad`, zero where x was clamped unless clamp is "pass"."""
     if clamp == "pass" or not clamps(fmt):
@@ -137,7 +172,7 @@ def given_grad_reference(
     if parts.zero_point is not None:
         steps = steps - _spread(parts.zero_point.to(torch.float32), fmt, x.shape)
     slope = steps - torch.where(kept, to_blocks(x.to(torch.float32), block) / per_block, 0.0)
-    grads = [grad if clamp == "pass" else torch.where(rounded, grad, 0)]
+    grads = [grad.clone() if clamp == "pass" else torch.where(rounded, grad, 0)]
     grads.append((g * slope).sum(dim=(-3, -1)).reshape(shape).to(scale.dtype))
     if zero_point is not None:
         pushed = torch.where(kept, 0.0, -g * per_block)
@@ -148,7 +183,7 @@ def given_grad_reference(
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
-def _kernel(op: str, x: Tensor, fmt: Format) -> Callable[..., Tensor]:
+def _kernel(op: str, x: Tensor, fmt: Format) -> Callable[..., Any]:
     return pick(case_of_cast(op, x, fmt, None, None)).run
 
 
@@ -158,20 +193,30 @@ def _run(x: Tensor, fmt: str, clamp: str = "zero") -> Tensor:
     return y.clone() if parsed.is_identity else y  # an operator answers no alias
 
 
+def _merged_run(base: Tensor, b: Tensor, a: Tensor, scaling: float, fmt: str) -> Tensor:
+    return _run(merged(base, b, a, scaling), fmt)
+
+
+def _merged_fake(base: Tensor, b: Tensor, a: Tensor, scaling: float, fmt: str) -> Tensor:
+    return b.new_empty(base.shape)
+
+
 def _grad_run(grad: Tensor, x: Tensor, fmt: str) -> Tensor:
     parsed = Format.parse(fmt)
     return _kernel("fake_quantize_grad", x, parsed)(grad, x, parsed).contiguous()
 
 
 def _given_run(x: Tensor, fmt: str, scale: Tensor, zero_point: Tensor | None, clamp: str) -> Tensor:
-    return given_reference(x, Format.parse(fmt), scale, zero_point).contiguous()
+    parsed = Format.parse(fmt)
+    return _kernel("fake_quantize_given", x, parsed)(x, parsed, scale, zero_point).contiguous()
 
 
 def _given_grad_run(
     grad: Tensor, x: Tensor, fmt: str, scale: Tensor, zero_point: Tensor | None, clamp: str
 ) -> list[Tensor]:
-    grad = grad.clone() if clamp == "pass" else grad
-    return [one.contiguous() for one in given_grad_reference(grad, x, Format.parse(fmt), scale, zero_point, clamp)]
+    parsed = Format.parse(fmt)
+    answers = _kernel("fake_quantize_given_grad", x, parsed)(grad, x, parsed, scale, zero_point, clamp)
+    return [one.contiguous() for one in answers]
 
 
 def _given_grad_fake(
@@ -214,6 +259,10 @@ def _define() -> None:
     rows: tuple[tuple[str, str, Callable[..., Any], Callable[..., Any]], ...] = (
         ("fake_quantize", "(Tensor x, str fmt, str clamp) -> Tensor", _run, _like_first),
         ("fake_quantize_again", "(Tensor x, str fmt) -> Tensor", _run, _like_first),
+        *(
+            (name, "(Tensor base, Tensor b, Tensor a, float scaling, str fmt) -> Tensor", _merged_run, _merged_fake)
+            for name in ("fake_quantize_merged", "fake_quantize_merged_again")
+        ),
         ("fake_quantize_grad", "(Tensor grad, Tensor x, str fmt) -> Tensor", _grad_run, _like_first),
         (
             "fake_quantize_given",

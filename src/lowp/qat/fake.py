@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..numerics import Format, Parts, dequantize, quantize
 from ..numerics.reach import inside
-from ..ops.fake_quantize import check_clamp, fake_quantize, fake_quantize_again, stopped
+from ..ops.fake_quantize import check_clamp, fake_quantize, fake_quantize_again, fused, stopped
 
 Choose = Callable[[Tensor, Format], Parts]
 
@@ -64,6 +64,11 @@ class Rule:
         """The same, for a backward."""
         return fake_quantize_again(x, self.fmt)
 
+    def seen(self, x: Tensor, again: bool = False) -> Tensor:
+        """The values of an activation: under a compiler its own business where it may be (`ops.fake_quantize.fused`)."""
+        y = fused(x, self.fmt)
+        return y if y is not None else self.again(x) if again else self.values(x)
+
     def gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """The gradient at x."""
         return stopped(grad, x, self.fmt, self.clamp)
@@ -78,7 +83,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x_MK, w_NK)
         ctx.bias_dtype = None if bias_N is None else bias_N.dtype
         with torch.autocast(x_MK.device.type, enabled=False):
-            seen = x_MK if act is None else act.values(x_MK)
+            seen = x_MK if act is None else act.seen(x_MK)
             return F.linear(*(None if t is None else cast(t, ctx.low) for t in (seen, weight.values(w_NK), bias_N)))  # type: ignore[arg-type]
 
     @staticmethod
@@ -89,7 +94,7 @@ class _Linear(torch.autograd.Function):
             grad_x = (grad_MN @ cast(weight.again(w_NK), ctx.low)).to(x_MK.dtype)
             grad_x = grad_x if act is None else act.gradient(grad_x, x_MK)
         if ctx.needs_input_grad[1]:
-            seen = cast(x_MK if act is None else act.again(x_MK), ctx.low)
+            seen = cast(x_MK if act is None else act.seen(x_MK, again=True), ctx.low)
             grad_w = weight.gradient((grad_MN.T @ seen).to(w_NK.dtype), w_NK)
         if ctx.needs_input_grad[2]:
             grad_b = grad_MN.sum(0).to(ctx.bias_dtype)

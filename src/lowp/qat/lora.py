@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import MisfitError
 from ..numerics import Format, Parts, quantize
 from ..numerics.reach import clamps
-from ..ops.fake_quantize import fake_quantize, fake_quantize_again
+from ..ops.fake_quantize import fake_quantize_merged, merged
 from ..tensor import QTensor
 from .fake import FakeQuantize, FakeQuantized, Rule, as_tokens, autocast_dtype, cast, rule_of
 
@@ -87,7 +87,7 @@ def _floats(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _merged(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     with torch.autocast(b.device.type, enabled=False):  # as `convert` merges
-        return torch.addmm(_floats(weight, b.dtype), b, a, alpha=scaling)
+        return merged(_floats(weight, b.dtype), b, a, scaling)
 
 
 class _LowRank(torch.autograd.Function):
@@ -100,7 +100,8 @@ class _LowRank(torch.autograd.Function):
         ctx.fmt, ctx.act, ctx.scaling, ctx.low = fmt, act, scaling, autocast_dtype(x_MK)
         ctx.save_for_backward(x_MK, a, b, weight)
         with torch.autocast(x_MK.device.type, enabled=False):
-            seen, values = x_MK if act is None else act.values(x_MK), fake_quantize(_merged(weight, a, b, scaling), fmt)
+            seen = x_MK if act is None else act.seen(x_MK)
+            values = fake_quantize_merged(_floats(weight, b.dtype), b, a, scaling, fmt)
             return F.linear(cast(seen, ctx.low), cast(values, ctx.low))
 
     @staticmethod
@@ -109,11 +110,11 @@ class _LowRank(torch.autograd.Function):
         act, scaling, low = ctx.act, ctx.scaling, ctx.low
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            values = fake_quantize_again(_merged(weight, a, b, scaling), ctx.fmt)
+            values = fake_quantize_merged(_floats(weight, b.dtype), b, a, scaling, ctx.fmt, again=True)
             grad_x = (grad_MN @ cast(values, low)).to(x_MK.dtype)
             grad_x = grad_x if act is None else act.gradient(grad_x, x_MK)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            seen = cast(x_MK if act is None else act.again(x_MK), low)
+            seen = cast(x_MK if act is None else act.seen(x_MK, again=True), low)
             grad_a = ((grad_MN @ cast(b, low)).T @ seen).mul_(scaling).to(a.dtype)
             grad_b = (grad_MN.T @ (seen @ cast(a, low).T)).mul_(scaling).to(b.dtype)
         return grad_x, grad_a, grad_b, None, None, None, None

@@ -60,18 +60,25 @@ def _part(
     """The summed loss of some positions and its gradient, float32."""
     counts = (targets != IGNORED).to(torch.float32)[:, None]
     x = student.to(torch.float32)
-    loss, grad = torch.zeros((), device=x.device), torch.zeros_like(x)
+    plain = x.log_softmax(-1) if weight < 1 or temperature == 1 else x  # by T = 1 both terms share it
+    loss, grad = torch.zeros((), device=x.device), torch.zeros((), device=x.device)
     if weight > 0:
-        logp, logq = (teacher.to(torch.float32) / temperature).log_softmax(-1), (x / temperature).log_softmax(-1)
+        logp = _over(teacher.to(torch.float32), temperature).log_softmax(-1)
+        logq = plain if temperature == 1 else _over(x, temperature).log_softmax(-1)
         p = logp.exp()
         kl = torch.where(p > 0, p * (logp - logq), 0.0)  # a word that the teacher rules out adds nothing
         loss = loss + weight * temperature**2 * (kl * counts).sum()
-        grad += weight * temperature * (logq.exp() - p)
+        grad = (logq.exp() - p).mul_(weight * temperature)
     if weight < 1:
-        logq, column = x.log_softmax(-1), targets.clamp(min=0)[:, None]
-        loss = loss - (1 - weight) * (logq.gather(1, column) * counts).sum()
-        grad += (1 - weight) * logq.exp().scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
-    return loss, grad * counts
+        column = targets.clamp(min=0)[:, None]
+        loss = loss - (1 - weight) * (plain.gather(1, column) * counts).sum()
+        pull = plain.exp().scatter_add_(1, column, torch.full_like(column, -1, dtype=torch.float32))
+        grad = pull.mul_(1 - weight).add_(grad)
+    return loss, grad.mul_(counts)
+
+
+def _over(x: Tensor, temperature: float) -> Tensor:
+    return x if temperature == 1 else x / temperature
 
 
 def distill(

@@ -28,6 +28,7 @@ from ...ops.cast import (
 from ...ops.cast import reference as cast_reference
 from ...ops.cast_groups import reference as groups_reference
 from ...ops.embedding import reference as embedding_reference
+from ...ops.fake_quantize import given_grad_reference, given_reference
 from ...ops.fake_quantize import grad_reference as fake_quantize_grad_reference
 from ...ops.fake_quantize import reference as fake_quantize_reference
 from ...ops.grouped import reference as grouped_reference
@@ -184,6 +185,8 @@ KERNELS = (
     ),
     _last("fake_quantize", "reference", fake_quantize_reference, _IN_TORCH, _cast_in_torch),
     _last("fake_quantize_grad", "reference", fake_quantize_grad_reference, _IN_TORCH, _cast_in_torch),
+    _last("fake_quantize_given", "reference", given_reference, _IN_TORCH, _cast_in_torch),
+    _last("fake_quantize_given_grad", "reference", given_grad_reference, _IN_TORCH, _cast_in_torch),
     _last(
         "embedding", "reference", embedding_reference, "decode the whole table, then look up",
         lambda case: f"{decoded(case)}, the whole table, then looked up",

@@ -63,12 +63,14 @@ CODES, VALUES, AS_FLOAT, INTERLEAVED = 0, 1, 2, 3
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["pre_ptr"])
+@triton.jit(do_not_specialize=["units"], do_not_specialize_on_alignment=["pre_ptr"])
 def _amax_kernel(
-    x_ptr, pre_ptr, part_ptr, total, K, TILE: tl.constexpr, PRE: tl.constexpr, XROUND: tl.constexpr, EARLY: tl.constexpr
+    x_ptr, pre_ptr, part_ptr, units, K, TILE: tl.constexpr, PRE: tl.constexpr, XROUND: tl.constexpr, UNIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The largest magnitude of every so many tiles, as bits: one number a program."""
+    """The largest magnitude of every so many tiles, as bits: one number a program. UNIT: numbers read as one."""
     begin(EARLY)
+    total = units.to(tl.int64) * UNIT
     lane = tl.arange(0, TILE)
     largest = tl.zeros((TILE,), dtype=tl.int32)
     start = tl.program_id(0).to(tl.int64) * TILE
@@ -380,11 +382,13 @@ def amax(x_MK: Tensor, pre_scale: Tensor | None, mode: int) -> tuple[Tensor, int
     count = min(_PROGRAMS, -(-total // _TILE))
     parts = torch.empty(_PROGRAMS, dtype=torch.int32, device=device)
     xround = 0 if mode == VALUES else _XROUND.get(x_MK.dtype, 0)
-    constants = (_TILE, pre_scale is not None, xround)
+    unit = 8 if total % 8 == 0 else 1
+    constants = (_TILE, pre_scale is not None, xround, unit)
     key = (
-        "amax", constants, x_MK.dtype, aligned(x_MK), None if pre_scale is None else pre_scale.dtype, total >> 31, device.index
+        "amax", constants, x_MK.dtype, aligned(x_MK), None if pre_scale is None else pre_scale.dtype,
+        total // unit >> 31, device.index
     )  # fmt: skip
-    args = (x_MK, pre_scale, parts, total, x_MK.shape[1])
+    args = (x_MK, pre_scale, parts, total // unit, x_MK.shape[1])
     launch(_amax_kernel, key, (count, 1, 1), args, lambda: constants, device, 4)
     return parts, count
 

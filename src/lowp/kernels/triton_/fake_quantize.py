@@ -33,6 +33,31 @@ _WIDEST = 65536  # numbers of a block that a program holds: 64 for each of 1024 
 _TILE = 2048  # numbers of a tile of small blocks
 
 
+@triton.jit
+def tile_of(
+    blocks, K, G: tl.constexpr, SIZE: tl.constexpr, GP: tl.constexpr, RB: tl.constexpr, BPR: tl.constexpr
+):  # fmt: skip
+    """The blocks of this program (RB,), where their numbers lie (RB, GP), and which of them there are."""
+    block = tl.program_id(0) * RB + tl.arange(0, RB)
+    lane = tl.arange(0, GP)
+    row = (block // BPR)[:, None] * (SIZE // G) + (lane // G)[None, :]
+    at = row.to(tl.int64) * K + (block % BPR)[:, None] * G + (lane % G)[None, :]
+    return block, at, (block[:, None] < blocks) & (lane[None, :] < SIZE)
+
+
+@triton.jit
+def store_floats(at, number, mask):
+    """Write float32 numbers in the dtype of where they go: fp16 saturates, infinity and NaN stay."""
+    if at.dtype.element_ty == tl.bfloat16:
+        tl.store(at, to_bf16(number), mask=mask)
+    elif at.dtype.element_ty == tl.float16:
+        held = tl.where(number > 65504.0, 65504.0, tl.where(number < -65504.0, -65504.0, number))
+        number = tl.where(tl.abs(number) == float("inf"), number, held)
+        tl.store(at, number.to(tl.float16), mask=mask)
+    else:
+        tl.store(at, number, mask=mask)
+
+
 @triton.jit(do_not_specialize=["blocks", "parts"], do_not_specialize_on_alignment=["part_ptr"])
 def _fake_kernel(
     x_ptr, grad_ptr, out_ptr, part_ptr, blocks, K, parts,
@@ -45,11 +70,7 @@ def _fake_kernel(
 ):  # fmt: skip
     """One tile. TENSOR: blocks only cut the work, one scale serves all. GRAD: write the gradient. The rest is `constants_of`."""
     begin(EARLY)
-    block = tl.program_id(0) * RB + tl.arange(0, RB)
-    lane = tl.arange(0, GP)
-    row = (block // BPR)[:, None] * (SIZE // G) + (lane // G)[None, :]
-    at = row.to(tl.int64) * K + (block % BPR)[:, None] * G + (lane % G)[None, :]
-    mask = (block[:, None] < blocks) & (lane[None, :] < SIZE)
+    _, at, mask = tile_of(blocks, K, G, SIZE, GP, RB, BPR)
     x = widen(tl.load(x_ptr + at, mask=mask, other=0.0))
 
     _, value, inverse, zero, _ = block_scale(
@@ -65,7 +86,7 @@ def _fake_kernel(
         if RECIPROCAL:
             q = x * inverse[:, None]
         else:
-            q = quotient(x, value[:, None], False)
+            q = quotient(x, value[:, None], False, x_ptr.dtype.element_ty == tl.bfloat16 and SCALE == 1)
         if ZERO == 1:
             q = (q + MAGIC - MAGIC) + zero[:, None]
         elif ZERO:
@@ -76,14 +97,7 @@ def _fake_kernel(
         if SCALE == 5:
             value = at_least(value, TINY)
         number *= value[:, None]
-        if out_ptr.dtype.element_ty == tl.bfloat16:
-            tl.store(out_ptr + at, to_bf16(number), mask=mask)
-        elif out_ptr.dtype.element_ty == tl.float16:
-            held = tl.where(number > 65504.0, 65504.0, tl.where(number < -65504.0, -65504.0, number))
-            number = tl.where(tl.abs(number) == float("inf"), number, held)
-            tl.store(out_ptr + at, number.to(tl.float16), mask=mask)
-        else:
-            tl.store(out_ptr + at, number, mask=mask)
+        store_floats(out_ptr + at, number, mask)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,7 +119,7 @@ class Plan:
 
 
 @functools.cache
-def _plan(spelling: str, columns: int, sm: int) -> Plan:
+def plan_of(spelling: str, columns: int, sm: int) -> Plan:
     fmt = Format.parse(spelling)
     tensor = fmt.block == "tensor"
     rows, wide = _block(fmt, columns)
@@ -136,7 +150,7 @@ def launched(grad: Tensor | None, x: Tensor, fmt: Format) -> Tensor:
     """Start the kernel on a matrix, or a stack of them whose blocks know nothing of one another."""
     fmt.block_dims(tuple(x.shape))  # a misfit is an error
     x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-    plan = _plan(str(fmt), x_MK.shape[1], device_capability(x.device.type, x.device.index))
+    plan = plan_of(str(fmt), x_MK.shape[1], device_capability(x.device.type, x.device.index))
     out = torch.empty_like(x_MK)
     grad = None if grad is None else grad.reshape(x_MK.shape).contiguous()
     parts, count = amax(x_MK, None, VALUES) if plan.needs_amax else (None, 0)
@@ -170,7 +184,7 @@ def _serves(x: Tensor, fmt: Format) -> bool:
     return x.numel() > 0 and x.dim() >= 2 and (x.dim() == 2 or not (fmt.block == "tensor" or fmt.nested))
 
 
-def _why_not(case: Case) -> str:
+def why_not(case: Case) -> str:
     if refused := why_not_portable(case):
         return refused
     fmt = case.weight
@@ -209,11 +223,11 @@ def _how(case: Case) -> str:
 
 KERNELS = (
     Kernel(
-        op="fake_quantize", name="fake_quantize", rank=50, layout="", why_not=_why_not, run=_run, how=_how, cases=_CASES,
+        op="fake_quantize", name="fake_quantize", rank=50, layout="", why_not=why_not, run=_run, how=_how, cases=_CASES,
         about="one read, one write, in Triton",
     ),
     Kernel(
-        op="fake_quantize_grad", name="fake_quantize_grad", rank=50, layout="", why_not=_why_not, run=_run_grad, how=_how,
+        op="fake_quantize_grad", name="fake_quantize_grad", rank=50, layout="", why_not=why_not, run=_run_grad, how=_how,
         cases=_CASES, about="the gradient where nothing was clamped, scales chosen again, in Triton",
     ),
 )  # fmt: skip
