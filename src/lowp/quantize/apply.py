@@ -233,7 +233,7 @@ def _calibrated(
     training, place = {module: module.training for module in model.modules()}, _InPlace(how.device)
     model.eval()
     with tempfile.TemporaryDirectory(prefix="lowp-calibrate-") as folder:
-        hidden = Activations(Path(folder) if max_ram is not None else None)
+        hidden = Activations(Path(folder) if max_ram is not None else None, how.limit)
         try:
             calibrate(model, rows, batches, place, hidden, how)
         finally:
