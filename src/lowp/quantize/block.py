@@ -29,6 +29,7 @@ from .statistics import Statistics, static_scale
 from .watch import Watch
 from .weight import check_finite, quantize_weight
 
+_BLIND = "padding counts as data, it cannot be told from other tokens here"
 _UNSEEN = "no token reached it, or not by a product that calibration sees, so by absmax"
 
 
@@ -71,13 +72,19 @@ class Block:
 
     Args:
         module: it, with its weights on the device. rows: its layers that get a scheme. run: what it answers on a batch.
-        count: of batches. how: to calibrate.
+        real: for each batch which tokens (B, T) are no padding, None for all. how: to calibrate.
     """
 
     def __init__(
-        self, module: nn.Module, rows: Sequence[Planned], run: Callable[[int], Any], count: int, how: How
+        self,
+        module: nn.Module,
+        rows: Sequence[Planned],
+        run: Callable[[int], Any],
+        real: Sequence[Tensor | None],
+        how: How,
     ) -> None:
-        self.module, self.run, self.count, self.how = module, torch.no_grad()(run), count, how
+        self.module, self.run, self.real, self.how = module, torch.no_grad()(run), real, how
+        self.count = len(real)
         self.rows = [(dataclasses.replace(target, weight=_weight_of(target)), row) for target, row in rows]
         self.exact: dict[str, Tensor] = {}  # float32 weights that smoothing has changed, before any rounding
         self.outcomes: dict[str, Outcome] = {}
@@ -195,9 +202,13 @@ class Block:
             group, statistics = found[name]
             statistics[index].update(x if group.factor_K is None else x * group.factor_K.to(x.dtype))
 
-        with Watch([group.rows[0][0] for group in groups], see):
-            for batch in range(self.count):
+        with Watch([group.rows[0][0] for group in groups], see) as watch:
+            for batch, real in enumerate(self.real):
+                watch.real = None if real is None else real.to(self.how.device)
                 self.run(batch)
+        for group in groups:
+            if group.rows[0][0].fqn in watch.blind:
+                group.note = "; ".join(filter(None, (group.note, _BLIND)))
         if self.how.reduce:
             for _, statistics in found.values():
                 for one in statistics:
@@ -326,7 +337,9 @@ def _output_error(statistics: Sequence[Statistics], weight: Tensor, values: Tens
 
 
 def _coverage(statistics: Sequence[Statistics]) -> str:
-    """What a stack of experts lacks: those that no token reached, and those that fewer tokens reached than they have columns."""
+    """What a layer lacks, or the experts of a stack: those that no token reached, and those with fewer tokens than columns."""
+    if len(statistics) == 1 and 0 < statistics[0].tokens < statistics[0].columns:
+        return f"saw {statistics[0].tokens} tokens, fewer than its {statistics[0].columns} columns"
     if len(statistics) < 2:
         return ""
     without = [index for index, one in enumerate(statistics) if not one.tokens]
