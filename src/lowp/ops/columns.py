@@ -42,6 +42,10 @@ class Columns:
         grid = grid_of_parts(parts, fmt).map(lambda tensor: tensor.squeeze(3).squeeze(1).T.contiguous())
         return cls(fmt=fmt, block=fmt.block_dims(shape), grid=grid, rows=shape[0])
 
+    def of_block(self, index: int) -> Grid:
+        """The grid of one block of columns, (N/bn, 1)."""
+        return self.grid.map(lambda tensor: tensor[index].unsqueeze(1))
+
 
 def round_columns(left_BN: Tensor, factor_BB: Tensor, places_B: Tensor, columns: Columns, codes_KN: Tensor) -> Tensor:
     """Round B columns.
@@ -72,7 +76,7 @@ def reference(left_BN: Tensor, factor_BB: Tensor, places_B: Tensor, columns: Col
     errors_BN, correction_BN = torch.empty_like(left_BN), torch.empty_like(left_BN)
     steps_B = factor_BB.diagonal().reciprocal()
     for j, place in enumerate(places_B.tolist()):
-        grid = columns.grid.map(lambda tensor, block=place // bk: tensor[block].unsqueeze(1))
+        grid = columns.of_block(place // bk)
         codes = grid.encode(left_BN[j].view(-1, bn))
         torch.mul(left_BN[j] - grid.decode(codes).view(-1), steps_B[j], out=errors_BN[j])
         behind = torch.mul(factor_BB[j, j + 1 :, None], errors_BN[j], out=correction_BN[j + 1 :])
