@@ -329,6 +329,54 @@ def test_a_limit_that_one_layer_exceeds_is_an_error_that_says_how_much():
         lowp.quantize_(llama(), RULES, method="gptq", data=batches(), max_ram="1M")
 
 
+PROMISE = """
+import os, threading, time
+import torch
+import lowp
+from lowp.quantize import block
+from lowp.quantize.memory import in_use
+
+torch.set_num_threads(1)
+CPU, most, promised = torch.device("cpu"), [0], []
+page = os.sysconf("SC_PAGE_SIZE")
+
+
+def poll():
+    while True:
+        most[0] = max(most[0], int(open("/proc/self/statm").read().split()[1]) * page)
+        time.sleep(0.001)
+
+
+def check(self, groups):
+    if groups:
+        promised.append((in_use(CPU), sum(group.nbytes for group in groups)))
+        most[0] = 0
+
+
+lowp.quantize_(torch.nn.Sequential(torch.nn.Linear(128, 64)), "int4/1x32", method="gptq", data=[torch.randn(256, 128)])
+block.Block._check_memory = check
+threading.Thread(target=poll, daemon=True).start()
+for columns, rows in ((2304, 128), (256, 8192)):
+    model = torch.nn.Sequential(torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16))
+    data = [torch.randn(128, columns, dtype=torch.bfloat16)]
+    lowp.quantize_(model, "int4/1x64*bf16", method="gptq", data=data, max_ram="20GB")
+    before, wanted = promised[-1]
+    print(wanted, most[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="wants /proc to ask for the resident set")
+def test_rounding_a_wide_or_a_tall_layer_takes_no_more_than_was_promised():
+    source = Path(lowp.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", PROMISE], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(source)}
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for line in run.stdout.splitlines():
+        promised, taken = map(int, line.split())
+        assert 0.4 * promised < taken <= promised, line
+
+
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
 def test_hidden_states_in_files_change_nothing(propagate):
     spilled, kept = llama(), llama()

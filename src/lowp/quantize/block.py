@@ -61,9 +61,14 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        """Of the statistics, and of rounding the largest layer: 3 copies of H in float64, 7 of the weight in float32."""
+        """Of the statistics, and of rounding the largest layer.
+
+        Rounding goes in two steps: H is factored, in three matrices of float64 at most; then codes, values and their errors
+        stand beside one another, 44 bytes for each weight.
+        """
         columns = self.shape[-1]
-        rounding = max(24 * columns**2 + 28 * columns * target.matrix_shape[-2] for target, _ in self.rows)
+        weights = max(columns * target.matrix_shape[-2] for target, _ in self.rows)
+        rounding = max(24 * columns**2 + 12 * weights, 4 * columns**2 + 44 * weights)
         return 4 * self.matrices * (columns**2 + 4 * columns) + rounding
 
 
