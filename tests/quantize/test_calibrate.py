@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import lowp
 from lowp.integrations.transformers import empty_model, load, sources
@@ -141,6 +142,24 @@ def test_gptq_beats_rounding_on_the_logits():
         lowp.quantize_(model, RULES, method=method, **({"data": batches()} if method != "absmax" else {}))
         errors[method] = (model(batches()[0]).logits - expected).norm()
     assert errors["gptq"] < 0.85 * errors["absmax"]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, lambda k, n: Conv1D(n, k)], ids=["Linear", "Conv1D"])
+def test_floats_again_say_the_same_where_a_factor_stayed_with_the_weight(kind):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = kind(64, 64), kind(64, 32)
+
+        def forward(self, x):
+            return self.down(self.up(x).sigmoid() * torch.linspace(0.1, 9, 64))
+
+    torch.manual_seed(0)
+    model, data = Gated().eval(), [torch.randn(300, 64)]
+    report = lowp.quantize_(model, "int4/1x32", method="awq", data=data)
+    assert any("act_pre_scale" in row.why for row in report.rows)
+    expected = model(data[0])
+    assert (lowp.dequantize_(model)(data[0]) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("how", [{"propagate": "float"}, {"sequential": False}])

@@ -361,6 +361,8 @@ def _error(weight: Tensor, quantized: QTensor) -> float:
 def dequantize_(model: nn.Module) -> nn.Module:
     """Turn every quantized weight back into floats of its dtype, in place; tied weights stay tied.
 
+    What the input was multiplied by (`act_pre_scale`) is multiplied into the weight: the layer says the same.
+
     Returns:
         The model.
     """
@@ -369,6 +371,15 @@ def dequantize_(model: nn.Module) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(parameter, QTensor):
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(parameter.dequantize().contiguous(), requires_grad=False)
+                    made[id(parameter)] = nn.Parameter(_floats(parameter).contiguous(), requires_grad=False)
                 setattr(module, name, made[id(parameter)])
     return model
+
+
+def _floats(weight: QTensor) -> Tensor:
+    factor_K = weight.packed.get("act_pre_scale")
+    if factor_K is None:
+        return weight.dequantize()
+    values = weight.dequantize(torch.float32)
+    factor = factor_K.to(torch.float32)
+    return (values * (factor.unsqueeze(1) if weight.transposed else factor)).to(weight.dtype)
