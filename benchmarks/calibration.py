@@ -39,6 +39,7 @@ import torch
 
 import lowp
 from lowp.quantize.data import sequences
+from lowp.quantize.stream import work_directory
 from lowp.report.evaluate import measure, tokens_of
 from lowp.report.models import model_of
 from lowp.report.results import commit, device_name
@@ -232,16 +233,22 @@ def memory(options: argparse.Namespace) -> None:
     ]
     arguments += ["--samples", str(options.sequences), "--length", str(options.length), "--max-ram", options.max_ram]
     try:
-        seconds, _, peak = quantize_stream.run(model, out, None, arguments)
+        seconds, _, peak = quantize_stream.run(model, out, None, arguments, options.seconds)
+        part = "" if out.exists() else f", the first {_blocks_done(out)} blocks, then killed"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     row = dict(
-        what=f"lowp quantize --max-ram {options.max_ram}, {size / 1e9:.2f} GB in bf16 of {options.layers} layers: peak memory",
+        what=f"lowp quantize --max-ram {options.max_ram}, {size / 1e9:.2f} GB in bf16 of {options.layers} layers{part}: peak memory",
         value=f"{peak / 1e9:.3f}", unit="GB", baseline=f"{size / 1e9:.3f}", ratio=f"{peak / size:.3f}", recovered="", kl="",
         scheme=options.scheme, method=options.method, calibration="heldout.txt (random weights)",
         tokens=options.sequences * options.length, seconds=f"{seconds:.1f}",
     )  # fmt: skip
     record(row, "cpu", options.no_record)
+
+
+def _blocks_done(out: Path) -> int:
+    """Blocks in the journal of a run that was killed."""
+    return len((work_directory(out) / "journal.jsonl").read_text().splitlines()) - 1
 
 
 def record(row: dict[str, object], device: object, unwanted: bool) -> None:
@@ -292,12 +299,15 @@ def main() -> None:
     timed.set_defaults(run=speed)
     large = kinds.add_parser("memory")
     large.add_argument("--scratch", type=Path, default=Path("build/calibration"))
-    large.add_argument("--layers", type=int, default=150)
+    large.add_argument("--layers", type=int, default=260)
     large.add_argument("--max-ram", default="800M")
     large.add_argument("--scheme", default="e2m1/1x32*e8m0", help="two ranges to search, so that the time is GPTQ's")
     large.add_argument("--method", default="gptq")
     large.add_argument("--sequences", type=int, default=8)
     large.add_argument("--length", type=int, default=128)
+    large.add_argument(
+        "--seconds", type=float, default=float("inf"), help="kill it after so long; the row says how far it came"
+    )
     large.set_defaults(run=memory)
     for one in (measured, timed, large):
         one.add_argument("--no-record", action="store_true")
