@@ -237,8 +237,9 @@ def memory(options: argparse.Namespace) -> None:
         part = "" if out.exists() else f", the first {_blocks_done(out)} blocks, then killed"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = f"{size / 1e9:.2f} GB in bf16 of {options.layers} layers"
     row = dict(
-        what=f"lowp quantize --max-ram {options.max_ram}, {size / 1e9:.2f} GB in bf16 of {options.layers} layers{part}: peak memory",
+        what=f"lowp quantize --max-ram {options.max_ram}, {checkpoint}{part}: peak memory",
         value=f"{peak / 1e9:.3f}", unit="GB", baseline=f"{size / 1e9:.3f}", ratio=f"{peak / size:.3f}", recovered="", kl="",
         scheme=options.scheme, method=options.method, calibration="heldout.txt (random weights)",
         tokens=options.sequences * options.length, seconds=f"{seconds:.1f}",
