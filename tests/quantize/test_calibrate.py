@@ -229,7 +229,7 @@ def floats(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "rotate+gptq", "smoothquant"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "quarot+gptq", "smoothquant"])
 def test_files_hold_what_quantize_and_save_would(method, floats, tmp_path):
     model = load(floats)
     report = lowp.quantize_(model, RULES, method=method, data=batches())

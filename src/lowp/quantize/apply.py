@@ -29,7 +29,7 @@ from .edit import edit_, edit_proved_
 from .match import PlanRow, Rules, Target, planned, table
 from .memory import bytes_of
 from .method import Method, method_of
-from .weight import check_finite, quantize_weight
+from .weight import check_finite, float_weight, quantize_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +361,7 @@ def _error(weight: Tensor, quantized: QTensor) -> float:
 def dequantize_(model: nn.Module) -> nn.Module:
     """Turn every quantized weight back into floats of its dtype, in place; tied weights stay tied.
 
-    What the input was multiplied by (`act_pre_scale`) is multiplied into the weight: the layer says the same.
+    What the input was multiplied by (`act_pre_scale`) and rotated by goes into the weight: the layer says the same.
 
     Returns:
         The model.
@@ -371,15 +371,6 @@ def dequantize_(model: nn.Module) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(parameter, QTensor):
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(_floats(parameter).contiguous(), requires_grad=False)
+                    made[id(parameter)] = nn.Parameter(float_weight(parameter).contiguous(), requires_grad=False)
                 setattr(module, name, made[id(parameter)])
     return model
-
-
-def _floats(weight: QTensor) -> Tensor:
-    factor_K = weight.packed.get("act_pre_scale")
-    if factor_K is None:
-        return weight.dequantize()
-    values = weight.dequantize(torch.float32)
-    factor = factor_K.to(torch.float32)
-    return (values * (factor.unsqueeze(1) if weight.transposed else factor)).to(weight.dtype)

@@ -207,7 +207,7 @@ def _select(func: Any, args: Any, kwargs: Any) -> QTensor | Tensor:
 
 
 def _is_shared(name: str) -> bool:
-    return name in ("act_scale", "act_pre_scale")  # they belong to the activation and have no batch axes
+    return name in ("act_scale", "act_pre_scale", "act_rotation")  # they belong to the activation and have no batch axes
 
 
 @rule(
@@ -416,7 +416,7 @@ def _new(func: Any, args: Any, kwargs: Any) -> QTensor:
         return _reshape(_new(func, (x.like(x.packed).view(x.spec.shape),), kwargs), shape)
     if x.transposed and shape == tuple(x.shape):
         return _new(func, (x.t(),), kwargs).t()
-    if x.transposed or "act_scale" in x.packed or "act_pre_scale" in x.packed:
+    if x.transposed or any(_is_shared(name) for name in x.packed):
         raise TensorRuleError(f"{func} of another shape or device from {x!r}: make it from the float tensor instead.")
     packed = {
         name: torch.zeros(size, dtype=kind, device=device)
