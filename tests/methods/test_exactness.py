@@ -131,6 +131,19 @@ def test_a_linear_layer_rotates_its_input_before_it_is_quantized(scheme):
     assert relative_error(x @ weight.T, x @ float_weight(turned).T) < (0.2 if "int4" in scheme else 0.05)
 
 
+@pytest.mark.parametrize("parts", [("act_rotation",), ("act_pre_scale",), ("act_rotation", "act_pre_scale")])
+def test_the_gradient_of_the_input_goes_back_through_scale_and_rotation(parts):
+    plain = lowp.QTensor.quantize(torch.randn(64, 96), "int4/1x32*bf16")
+    made = {"act_rotation": METHODS["quarot"].turn("mlp.down_proj.weight", 96), "act_pre_scale": torch.rand(96) + 0.5}
+    weight = lowp.QTensor.from_parts(
+        plain.parts().replace(**{name: made[name] for name in parts}), plain.spec.scheme, dtype=torch.float32
+    )
+    x, grad = torch.randn(5, 96, requires_grad=True), torch.randn(5, 64)
+    (got,) = torch.autograd.grad(nn.functional.linear(x, weight), x, grad)
+    assert relative_error(grad @ float_weight(weight), got) < 1e-5
+    assert relative_error(x @ float_weight(weight).T, nn.functional.linear(x, weight)) < 1e-5
+
+
 def test_rotated_inputs_have_no_outliers(llama, batches):
     """A few channels of the MLP that are large for all tokens: they leave a token's scale no room for the others."""
     with torch.no_grad():

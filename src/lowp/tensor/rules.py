@@ -23,6 +23,7 @@ from ..layouts import LAYOUTS, Spec, layout_of
 from ..layouts.base import Packed
 from ..layouts.plain import tensor_shapes
 from ..numerics import Format, quantize
+from ..numerics.hadamard import unrotated
 from ..ops.embedding import embedding
 from ..ops.grouped import grouped
 from ..ops.linear import linear
@@ -207,7 +208,7 @@ def _select(func: Any, args: Any, kwargs: Any) -> QTensor | Tensor:
 
 
 def _is_shared(name: str) -> bool:
-    return name in ("act_scale", "act_pre_scale", "act_rotation")  # they belong to the activation and have no batch axes
+    return name.startswith("act_")  # it belongs to the activation and has no batch axes
 
 
 @rule(
@@ -489,7 +490,15 @@ def _is_weight(w: Any) -> bool:
 def _times(x: Tensor, w: QTensor) -> Tensor:
     if w.is_lazy_view:
         return x @ w.dequantize(x.dtype)
-    return matmul(x, w.packed, w.spec, transposed=w.transposed)
+    y = matmul(x, w.packed, w.spec, transposed=w.transposed)
+    return y if w.transposed else _to_input(y, w)
+
+
+def _to_input(y: Tensor, w: QTensor) -> Tensor:
+    """What is along the columns of a weight, a gradient for one, as the layer's input has it: before scale and rotation."""
+    factor_K, signs_K = w.packed.get("act_pre_scale"), w.packed.get("act_rotation")
+    y = y if factor_K is None else y * factor_K.to(y.dtype)
+    return y if signs_K is None else unrotated(y, signs_K)
 
 
 @rule(aten.linear.default)
