@@ -107,6 +107,7 @@ def test_an_input_rotated_at_run_time_leaves_the_logits(decoder, batches, tmp_pa
     report = lowp.quantize_(decoder, {"lm_head": None, "*": "fp32"}, method=own, data=batches)
     whys = [row.why for row in report.rows if row.fqn.endswith("mlp.down_proj.weight")]
     assert bool(whys) == dense(decoder) and all("rotated at run time" in why for why in whys)
+    assert dense(decoder) != any("input not rotated" in row.why for row in report.rows)
     assert relative_error(before, decoder(batches[0]).logits) < 5e-6
     lowp.save(decoder, tmp_path / "out")
     decoder.config.save_pretrained(tmp_path / "out")

@@ -346,6 +346,17 @@ def test_a_limit_that_one_layer_exceeds_is_an_error_that_says_how_much():
         lowp.quantize_(llama(), RULES, method="gptq", data=batches(), max_ram="1M")
 
 
+def test_a_block_that_exceeds_the_limit_is_not_even_read(floats, tmp_path, monkeypatch):
+    from lowp.quantize import calibrate_files as module
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(module._Files, "_read", read)
+    with pytest.raises(lowp.LowpError, match=r"wants 0\.\d+ GB for its weights"):
+        convert(floats, tmp_path / "out", limit=1000)
+
+
 PROMISE = """
 import os, threading, time
 import torch

@@ -43,6 +43,7 @@ _READS = {
     ),
 }  # fmt: skip
 _WRITES = ("self_attn.o_proj", "mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj")
+_TURNED = ("*.down_proj.weight", "*.down_proj")  # behind an activation function; the second is a stack of experts
 _OTHER_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm", "post_self_attn_layernorm")
 
 
@@ -202,9 +203,7 @@ def _plain(weight: Tensor, statistics: Statistics | None, fmt: Format) -> Parts:
     return quantize(weight, fmt)
 
 
-def turned_input(
-    name: str, columns: int, *, seed: int = 0, layers: Sequence[str] = ("*.down_proj.weight",)
-) -> Tensor | None:
+def turned_input(name: str, columns: int, *, seed: int = 0, layers: Sequence[str] = _TURNED) -> Tensor | None:
     """The signs by which a layer's input is rotated at run time, None where it is not.
 
     Args:

@@ -233,10 +233,11 @@ class Block:
         """Where the method asks for it: layers that share an input are rotated as one."""
         turn = self.how.method.turn
         assert turn is not None
-        if len(group.shape) != 2 or any(target.tied or target.kind != "linear" for target, _ in group.rows):
-            return
         signs = [turn(target.fqn, group.shape[-1]) for target, _ in group.rows]
         if any(one is None for one in signs):
+            return
+        if len(group.shape) != 2 or any(target.tied or target.kind != "linear" for target, _ in group.rows):
+            group.note = "input not rotated: it is tied, or no plain linear layer"
             return
         assert signs[0] is not None
         group.signs_K, group.note = signs[0].to(self.how.device), "input rotated at run time"
