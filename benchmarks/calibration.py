@@ -11,7 +11,8 @@ of a few of the packages that the model was trained on, those that `train_small_
 digests. With `self` the model writes the text, from its end token on at temperature 1, with a fixed seed: offline, and the same
 on each run of one torch. lm_head and the embedding, one tensor, stay as they are. A row holds the perplexity (value), the float
 model's (baseline), the ratio, and `recovered`: the share of plain rounding's increase that is gone,
-1 - (ppl - float) / (ppl_absmax - float).
+1 - (ppl - float) / (ppl_absmax - float). One draw of calibration sequences and of a rotation's signs scatters by some half a per
+cent of the perplexity, more than rotating wins on a model this small: compare means (`--draws 4`).
 
 Speed. A model of Llama's shape with random weights and random tokens, calibrated block by block on the device. Random weights
 make nothing easier: GPTQ does the same work whatever the numbers.
@@ -31,6 +32,7 @@ import datetime
 import json
 import re
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -38,8 +40,11 @@ from pathlib import Path
 import torch
 
 import lowp
+from lowp.methods import rotate
 from lowp.quantize.data import sequences
-from lowp.report.evaluate import measure, tokens_of
+from lowp.quantize.method import Method, method_of, then
+from lowp.quantize.stream import work_directory
+from lowp.report.evaluate import Quality, measure, tokens_of
 from lowp.report.models import model_of
 from lowp.report.results import commit, device_name
 
@@ -59,7 +64,7 @@ SCHEMES = (
     "e2m1/1x32*e8m0",
     "e2m1/1x16*e4m3/tensor",
 )
-METHODS = ("absmax", "hqq", "awq", "gptq", "rotate", "rotate+gptq")
+METHODS = ("absmax", "hqq", "awq", "gptq", "rotate", "rotate+gptq", "quarot+gptq")
 WITHOUT_DATA = ("absmax", "hqq", "mse", "rotate")
 PACKAGES = (
     "sqlite3-doc", "cmake-doc", "nodejs-doc", "sphinx-doc", "python-flask-doc", "python-pytest-doc", "python-tornado-doc",
@@ -87,9 +92,9 @@ def make_text(options: argparse.Namespace) -> None:
     print(f"{len(taken)} documents, {sum(len(one.text) for one in taken)} characters -> {options.out}")
 
 
-def own_text(model: torch.nn.Module, sequences: int, length: int) -> torch.Tensor:
+def own_text(model: torch.nn.Module, sequences: int, length: int, seed: int) -> torch.Tensor:
     """What the model says after its end token, sampled at temperature 1."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     start = torch.zeros(sequences, 1, dtype=torch.long)
     return model.generate(
         start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0,
@@ -97,48 +102,65 @@ def own_text(model: torch.nn.Module, sequences: int, length: int) -> torch.Tenso
     )  # fmt: skip
 
 
-def batches_of(options: argparse.Namespace, model: torch.nn.Module, tokenizer: object) -> list[torch.Tensor]:
-    """Calibration sequences, eight to a batch, spread evenly over the text."""
+def batches_of(options: argparse.Namespace, model: torch.nn.Module, tokenizer: object, draw: int) -> list[torch.Tensor]:
+    """Calibration sequences, eight to a batch, spread evenly over the text; those of another draw begin elsewhere."""
     count, length = options.sequences, options.length
     if options.text == "self":
-        return list(own_text(model, count, length).split(8))
-    return sequences(tokens_of(tokenizer, Path(options.text).read_text(encoding="utf-8")), count, length)
+        return list(own_text(model, count, length, draw).split(8))
+    ids = tokens_of(tokenizer, Path(options.text).read_text(encoding="utf-8"))
+    return sequences(ids[draw * length // 3 :], count, length)
 
 
 # -- quality ----------------------------------------------------------------------------------------------------------
 
 
 def quality(options: argparse.Namespace) -> None:
-    """One row for each scheme and method."""
+    """One row for each scheme and method: the mean of all draws."""
     import transformers
 
     original = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
     held_out = tokens_of(tokenizer, (MODEL / "heldout.txt").read_text(encoding="utf-8"), options.eval_tokens)
-    batches = batches_of(options, original, tokenizer)
+    draws = [batches_of(options, original, tokenizer, draw) for draw in range(options.draws)]
     source = "self" if options.text == "self" else "Debian documentation"
     for scheme in options.schemes.split(","):
-        models, seconds = {}, {}
-        for method in options.methods.split(","):
-            start = time.perf_counter()
-            data = {} if method in WITHOUT_DATA else {"data": batches}
-            models[method] = copy.deepcopy(original)
-            lowp.quantize_(models[method], {"lm_head": None, "*": scheme}, method=method, **data)
-            seconds[method] = time.perf_counter() - start
-            lowp.dequantize_(models[method])  # the same numbers, multiplied as bf16
-        found = measure(original, models, held_out)
-        rounded = found["absmax"].perplexity - found["absmax"].original_perplexity if "absmax" in found else 0.0
-        for method, got in found.items():
-            recovered = 1 - (got.perplexity - got.original_perplexity) / rounded if rounded else None
+        found: dict[str, list[Quality]] = {}
+        seconds = dict.fromkeys(options.methods.split(","), 0.0)
+        for draw, batches in enumerate(draws):
+            models = {}
+            for method in seconds:
+                start = time.perf_counter()
+                data = {} if method in WITHOUT_DATA else {"data": batches}
+                models[method] = copy.deepcopy(original)
+                lowp.quantize_(models[method], {"lm_head": None, "*": scheme}, method=drawn(method, draw), **data)
+                seconds[method] += (time.perf_counter() - start) / options.draws
+                lowp.dequantize_(models[method])  # the same numbers, multiplied as bf16
+            for method, got in measure(original, models, held_out).items():
+                found.setdefault(method, []).append(got)
+        rounded = found["absmax"][0].perplexity - found["absmax"][0].original_perplexity if "absmax" in found else 0.0
+        for method, all_got in found.items():
+            got, each = all_got[0], [one.perplexity for one in all_got]
+            mean, kl = statistics.fmean(each), statistics.fmean(one.kl for one in all_got)
+            recovered = 1 - (mean - got.original_perplexity) / rounded if rounded else None
             data = method not in WITHOUT_DATA
+            many = f", mean of {len(each)} draws, from {min(each):.3f} to {max(each):.3f}" if len(each) > 1 else ""
             row = dict(
-                what=f"perplexity of small_lm, {got.tokens} held-out tokens", value=f"{got.perplexity:.4f}", unit="1",
-                baseline=f"{got.original_perplexity:.4f}", ratio=f"{got.ratio:.5f}",
-                recovered="" if recovered is None else f"{recovered:.3f}", kl=f"{got.kl:.5f}", scheme=scheme, method=method,
+                what=f"perplexity of small_lm, {got.tokens} held-out tokens{many}", value=f"{mean:.4f}", unit="1",
+                baseline=f"{got.original_perplexity:.4f}", ratio=f"{mean / got.original_perplexity:.5f}",
+                recovered="" if recovered is None else f"{recovered:.3f}", kl=f"{kl:.5f}", scheme=scheme, method=method,
                 calibration=source if data else "", tokens=options.sequences * options.length if data else 0,
                 seconds=f"{seconds[method]:.1f}",
             )  # fmt: skip
             record(row, "cpu", options.no_record)
+
+
+def drawn(method: str, draw: int) -> Method:
+    """The method, its rotations with the signs of a draw."""
+    first, _, rest = method.partition("+")
+    if first not in ("rotate", "quarot"):
+        return method_of(method)
+    turned = rotate.method(seed=draw, online=first == "quarot")
+    return then(turned, method_of(rest)) if rest else turned
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
@@ -232,16 +254,23 @@ def memory(options: argparse.Namespace) -> None:
     ]
     arguments += ["--samples", str(options.sequences), "--length", str(options.length), "--max-ram", options.max_ram]
     try:
-        seconds, _, peak = quantize_stream.run(model, out, None, arguments)
+        seconds, _, peak = quantize_stream.run(model, out, None, arguments, options.seconds)
+        part = "" if out.exists() else f", the first {_blocks_done(out)} blocks, then killed"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+    checkpoint = f"{size / 1e9:.2f} GB in bf16 of {options.layers} layers"
     row = dict(
-        what=f"lowp quantize --max-ram {options.max_ram}, {size / 1e9:.2f} GB in bf16 of {options.layers} layers: peak memory",
+        what=f"lowp quantize --max-ram {options.max_ram}, {checkpoint}{part}: peak memory",
         value=f"{peak / 1e9:.3f}", unit="GB", baseline=f"{size / 1e9:.3f}", ratio=f"{peak / size:.3f}", recovered="", kl="",
         scheme=options.scheme, method=options.method, calibration="heldout.txt (random weights)",
         tokens=options.sequences * options.length, seconds=f"{seconds:.1f}",
     )  # fmt: skip
     record(row, "cpu", options.no_record)
+
+
+def _blocks_done(out: Path) -> int:
+    """Blocks in the journal of a run that was killed."""
+    return len((work_directory(out) / "journal.jsonl").read_text().splitlines()) - 1
 
 
 def record(row: dict[str, object], device: object, unwanted: bool) -> None:
@@ -279,6 +308,9 @@ def main() -> None:
     measured.add_argument("--eval-tokens", type=int, default=16385)
     measured.add_argument("--sequences", type=int, default=64)
     measured.add_argument("--length", type=int, default=512)
+    measured.add_argument(
+        "--draws", type=int, default=1, help="other calibration sequences, other signs of rotations; the mean"
+    )
     measured.set_defaults(run=quality)
     timed = kinds.add_parser("speed")
     timed.add_argument("--device", default="cuda")
@@ -292,12 +324,15 @@ def main() -> None:
     timed.set_defaults(run=speed)
     large = kinds.add_parser("memory")
     large.add_argument("--scratch", type=Path, default=Path("build/calibration"))
-    large.add_argument("--layers", type=int, default=150)
+    large.add_argument("--layers", type=int, default=260)
     large.add_argument("--max-ram", default="800M")
     large.add_argument("--scheme", default="e2m1/1x32*e8m0", help="two ranges to search, so that the time is GPTQ's")
     large.add_argument("--method", default="gptq")
     large.add_argument("--sequences", type=int, default=8)
     large.add_argument("--length", type=int, default=128)
+    large.add_argument(
+        "--seconds", type=float, default=float("inf"), help="kill it after so long; the row says how far it came"
+    )
     large.set_defaults(run=memory)
     for one in (measured, timed, large):
         one.add_argument("--no-record", action="store_true")

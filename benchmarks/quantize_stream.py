@@ -121,8 +121,12 @@ class Limit:
             self.folder.rmdir()
 
 
-def run(model: Path, out: Path, limit: Limit | None, arguments: list[str]) -> tuple[float, float, float]:
-    """Quantize in a child. Returns seconds, seconds of processor time, and peak resident bytes."""
+def run(
+    model: Path, out: Path, limit: Limit | None, arguments: list[str], most: float = float("inf")
+) -> tuple[float, float, float]:
+    """Quantize in a child. Returns seconds, seconds of processor time, and peak resident bytes.
+
+    most: seconds after which it is killed; `out` is not there then."""
     command = [sys.executable, "-m", "lowp.cli", "quantize", str(model), "--out", str(out), *arguments]
     start, peak, ended = time.perf_counter(), 0, 0
     child = subprocess.Popen(
@@ -132,6 +136,10 @@ def run(model: Path, out: Path, limit: Limit | None, arguments: list[str]) -> tu
         peak = max(peak, high_water_mark(child.pid))
         time.sleep(0.05)
         ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if time.perf_counter() - start > most and not ended:
+            child.kill()
+            ended, status, usage = os.wait4(child.pid, 0)
+            status = 0
     seconds = time.perf_counter() - start
     if status != 0:
         raise SystemExit(f"lowp quantize ended with status {status}")

@@ -8,7 +8,7 @@ from lowp.methods.autoround import autoround
 from lowp.methods.awq import awq_factor, clipped
 from lowp.methods.smoothquant import smooth_factor
 from lowp.numerics import Format, Scheme, dequantize, fake_quantize, quantize
-from lowp.quantize.statistics import Statistics, static_scale
+from lowp.quantize.statistics import Statistics, add_squares, static_scale
 
 N, K = 48, 128
 FORMATS = ("int4/1x64*bf16", "int3/1x32*bf16+bf16", "int2/1x32", "int8/row", "e2m1/1x32*e8m0", "e2m1/1x16*e4m3/tensor")
@@ -78,6 +78,19 @@ def test_statistics_are_sums_whatever_the_batches():
     assert torch.equal(parts.amax_K, x.abs().amax(0)) and torch.equal(parts.histogram, whole.histogram)
     factor = torch.rand(K) + 0.5
     assert torch.allclose(whole.scaled(factor).hessian_KK, (x * factor).T @ (x * factor), rtol=1e-3, atol=1e-1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_hessian_is_exact_but_for_float32_sums(dtype, device):
+    """16-bit tensor cores multiply exactly and sum in float32; float32 inputs are not rounded to TF32."""
+    x = torch.randn(3000, 96, device=device).to(dtype)
+    x[:, ::32] *= 20
+    hessian = torch.zeros(96, 96, device=device)
+    for rows in x.split(700):
+        add_squares(hessian, rows)
+    expected = x.double().T @ x.double()
+    size = x.double().norm(dim=0)
+    assert ((hessian.double() - expected).abs() / (size * size[:, None])).max() < 2e-6
 
 
 @pytest.mark.parametrize("element", ["int8", "e4m3", "int4"])

@@ -10,9 +10,12 @@ import lowp
 from lowp.methods.rotate import hadamard, rotations
 from lowp.numerics import Scheme
 from lowp.numerics.compare import relative_error
+from lowp.numerics.hadamard import rotated
+from lowp.ops.linear import reference
 from lowp.quantize import METHODS, Method
 from lowp.quantize.edit import edit_
 from lowp.quantize.method import method_of
+from lowp.quantize.weight import float_weight
 
 
 def rounds_nothing(weight, statistics, fmt):
@@ -89,6 +92,72 @@ def test_factors_leave_the_logits(decoder, batches, factor, dtype):
     assert "act_pre_scale" in o  # fewer value heads than query heads: no rows of v_proj stand for o_proj's columns
     down = [why for name, why in whys.items() if name.endswith("layers.0.mlp.down_proj.weight")]
     assert not down or "folded into mlp.up_proj" in down[0]
+
+
+def dense(decoder):
+    return any(name.endswith("mlp.down_proj.weight") for name, _ in decoder.named_parameters())
+
+
+def test_an_input_rotated_at_run_time_leaves_the_logits(decoder, batches, tmp_path):
+    """In fp32 "weights" nothing is rounded. Compiled, saved, copied and as floats again it says the same."""
+    before = decoder(batches[0]).logits
+    own = Method(
+        name="turns", about="", run=rounds_nothing, why_not=lambda fmt: "", wants_data=True, turn=METHODS["quarot"].turn
+    )
+    report = lowp.quantize_(decoder, {"lm_head": None, "*": "fp32"}, method=own, data=batches)
+    whys = [row.why for row in report.rows if row.fqn.endswith("mlp.down_proj.weight")]
+    assert bool(whys) == dense(decoder) and all("rotated at run time" in why for why in whys)
+    assert dense(decoder) != any("input not rotated" in row.why for row in report.rows)
+    assert relative_error(before, decoder(batches[0]).logits) < 5e-6
+    lowp.save(decoder, tmp_path / "out")
+    decoder.config.save_pretrained(tmp_path / "out")
+    restored = lowp.load(tmp_path / "out", model=copy.deepcopy(decoder))
+    assert relative_error(before, restored(batches[0]).logits) < 5e-6
+    assert relative_error(before, lowp.dequantize_(decoder)(batches[0]).logits) < 5e-6
+
+
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16", "int8/row@int8/row", "e4m3/row@e4m3/tensor"])
+def test_a_linear_layer_rotates_its_input_before_it_is_quantized(scheme):
+    weight, x = torch.randn(64, 96), torch.randn(5, 96)
+    signs = METHODS["quarot"].turn("mlp.down_proj.weight", 96)
+    plain = lowp.QTensor.quantize(rotated(weight, signs), scheme)
+    turned = lowp.QTensor.from_parts(plain.parts().replace(act_rotation=signs), scheme, dtype=torch.float32)
+    expected = nn.functional.linear(rotated(x, signs), plain)
+    assert torch.equal(nn.functional.linear(x, turned), expected)
+    assert torch.equal(torch.compile(nn.functional.linear, backend="aot_eager")(x, turned), expected)
+    assert torch.equal(reference(x, turned.packed, turned.spec), reference(rotated(x, signs), plain.packed, plain.spec))
+    assert torch.equal(nn.functional.linear(x, turned[:32]), expected[:, :32])
+    with pytest.raises(lowp.LowpError, match="rotated as one"):
+        turned[:, :32]
+    assert relative_error(x @ weight.T, x @ float_weight(turned).T) < (0.2 if "int4" in scheme else 0.05)
+
+
+@pytest.mark.parametrize("parts", [("act_rotation",), ("act_pre_scale",), ("act_rotation", "act_pre_scale")])
+def test_the_gradient_of_the_input_goes_back_through_scale_and_rotation(parts):
+    plain = lowp.QTensor.quantize(torch.randn(64, 96), "int4/1x32*bf16")
+    made = {"act_rotation": METHODS["quarot"].turn("mlp.down_proj.weight", 96), "act_pre_scale": torch.rand(96) + 0.5}
+    weight = lowp.QTensor.from_parts(
+        plain.parts().replace(**{name: made[name] for name in parts}), plain.spec.scheme, dtype=torch.float32
+    )
+    x, grad = torch.randn(5, 96, requires_grad=True), torch.randn(5, 64)
+    (got,) = torch.autograd.grad(nn.functional.linear(x, weight), x, grad)
+    assert relative_error(grad @ float_weight(weight), got) < 1e-5
+    assert relative_error(x @ float_weight(weight).T, nn.functional.linear(x, weight)) < 1e-5
+
+
+def test_rotated_inputs_have_no_outliers(llama, batches):
+    """A few channels of the MLP that are large for all tokens: they leave a token's scale no room for the others."""
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.mlp.up_proj.weight[::32] *= 16
+            layer.mlp.down_proj.weight[:, ::32] /= 16
+    errors = {}
+    for method in ("rotate", "quarot"):
+        model = copy.deepcopy(llama)
+        expected = model(batches[0]).logits
+        lowp.quantize_(model, {"*down_proj": "int8/row@int8/row", "*": None}, method=method, data=batches)
+        errors[method] = relative_error(expected, model(batches[0]).logits)
+    assert errors["quarot"] < 0.5 * errors["rotate"], errors
 
 
 def test_a_model_that_only_looks_like_a_decoder_is_put_back(llama, batches):

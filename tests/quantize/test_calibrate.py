@@ -143,6 +143,23 @@ def test_gptq_beats_rounding_on_the_logits():
     assert errors["gptq"] < 0.85 * errors["absmax"]
 
 
+def test_floats_again_say_the_same_where_a_factor_stayed_with_the_weight():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 32)
+
+        def forward(self, x):
+            return self.down(self.up(x).sigmoid() * torch.linspace(0.1, 9, 64))
+
+    torch.manual_seed(0)
+    model, data = Gated().eval(), [torch.randn(300, 64)]
+    report = lowp.quantize_(model, "int4/1x32", method="awq", data=data)
+    assert any("act_pre_scale" in row.why for row in report.rows)
+    expected = model(data[0])
+    assert (lowp.dequantize_(model)(data[0]) - expected).norm() < 1e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("how", [{"propagate": "float"}, {"sequential": False}])
 def test_options_change_what_layers_see(how):
     plain, other = llama(), llama()
@@ -212,7 +229,7 @@ def floats(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "rotate+gptq", "smoothquant"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "quarot+gptq", "smoothquant"])
 def test_files_hold_what_quantize_and_save_would(method, floats, tmp_path):
     model = load(floats)
     report = lowp.quantize_(model, RULES, method=method, data=batches())
@@ -327,6 +344,65 @@ def test_a_rotation_unties_in_the_files_too(floats, tmp_path):
 def test_a_limit_that_one_layer_exceeds_is_an_error_that_says_how_much():
     with pytest.raises(lowp.LowpError, match="GB to be calibrated"):
         lowp.quantize_(llama(), RULES, method="gptq", data=batches(), max_ram="1M")
+
+
+def test_a_block_that_exceeds_the_limit_is_not_even_read(floats, tmp_path, monkeypatch):
+    from lowp.quantize import calibrate_files as module
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(module._Files, "_read", read)
+    with pytest.raises(lowp.LowpError, match=r"wants 0\.\d+ GB for its weights"):
+        convert(floats, tmp_path / "out", limit=1000)
+
+
+PROMISE = """
+import os, threading, time
+import torch
+import lowp
+from lowp.quantize import block
+from lowp.quantize.memory import in_use
+
+torch.set_num_threads(1)
+CPU, most, promised = torch.device("cpu"), [0], []
+page = os.sysconf("SC_PAGE_SIZE")
+
+
+def poll():
+    while True:
+        most[0] = max(most[0], int(open("/proc/self/statm").read().split()[1]) * page)
+        time.sleep(0.001)
+
+
+def check(self, groups):
+    if groups:
+        promised.append((in_use(CPU), sum(group.nbytes for group in groups)))
+        most[0] = 0
+
+
+lowp.quantize_(torch.nn.Sequential(torch.nn.Linear(128, 64)), "int4/1x32", method="gptq", data=[torch.randn(256, 128)])
+block.Block._check_memory = check
+threading.Thread(target=poll, daemon=True).start()
+for columns, rows in ((2304, 128), (256, 8192)):
+    model = torch.nn.Sequential(torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16))
+    data = [torch.randn(128, columns, dtype=torch.bfloat16)]
+    lowp.quantize_(model, "int4/1x64*bf16", method="gptq", data=data, max_ram="20GB")
+    before, wanted = promised[-1]
+    print(wanted, most[0] - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="wants /proc to ask for the resident set")
+def test_rounding_a_wide_or_a_tall_layer_takes_no_more_than_was_promised():
+    source = Path(lowp.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", PROMISE], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(source)}
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    for line in run.stdout.splitlines():
+        promised, taken = map(int, line.split())
+        assert 0.4 * promised < taken <= promised, line
 
 
 @pytest.mark.parametrize("propagate", ["quantized", "float"])
@@ -477,3 +553,97 @@ def test_two_ranks_give_the_same_as_one(tmp_path):
 
 def test_methods_that_want_data_say_so():
     assert {name for name, method in METHODS.items() if method.wants_data} >= {"gptq", "awq", "smoothquant"}
+
+
+# -- padding ----------------------------------------------------------------------------------------------------------
+
+
+def padded(model, side):
+    """Two batches with padding that is nothing like text, and the same sequences one by one without it."""
+    generator = torch.Generator().manual_seed(3)
+    batches, alone = [], []
+    for lengths in ((32, 20, 9), (27, 32)):
+        ids, mask = torch.zeros(len(lengths), 32, dtype=torch.int64), torch.zeros(len(lengths), 32, dtype=torch.int64)
+        for row, length in enumerate(lengths):
+            real = torch.randint(1, 96, (length,), generator=generator)
+            at = slice(0, length) if side == "right" else slice(32 - length, 32)
+            ids[row, at], mask[row, at] = real, 1
+            alone.append({"input_ids": real.unsqueeze(0)})
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches, alone
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "mixtral grouped"])
+def test_padding_is_no_data(kind, side):
+    """What the layers see of padded batches is what they see of the sequences one by one."""
+
+    def spy(weight, statistics, fmt):
+        tokens[-1].append(statistics.tokens)
+        hessians[-1].append(statistics.hessian_KK.clone())
+        return METHODS["absmax"].run(weight, statistics, fmt)
+
+    tokens, hessians = [], []
+    own = Method(name="spy", about="", run=spy, why_not=lambda fmt: "", wants_data=True)
+    for which in (0, 1):
+        torch.manual_seed(0)
+        tokens.append([]), hessians.append([])
+        config = MixtralConfig(**SIZES | {"num_hidden_layers": 1}, num_local_experts=4, num_experts_per_tok=2)
+        model = llama(num_hidden_layers=1) if kind == "llama" else MixtralForCausalLM(config).eval()
+        if kind == "mixtral grouped":
+            model.set_experts_implementation("grouped_mm")
+        report = lowp.quantize_(model, {"lm_head": None, "*": "int8/row"}, method=own, data=padded(model, side)[which])
+        assert not any("padding" in row.why for row in report.rows)
+    assert tokens[0] == tokens[1]
+    for a, b in zip(*hessians, strict=True):
+        assert (a - b).norm() <= 2e-3 * b.norm()
+
+
+class Folded(nn.Module):
+    """Folds time into windows: which row is of which token cannot be told."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(96, 32), nn.Linear(64, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.embedding(input_ids)
+        return self.linear(hidden.reshape(len(hidden), -1, 64))
+
+
+def test_where_padding_cannot_be_told_the_report_says_so():
+    model = Folded().eval()
+    data, _ = padded(model, "right")
+    report = lowp.quantize_(model, {"embedding": None, "*": "int4/1x32"}, method="gptq", data=data)
+    assert any("padding counts as data" in row.why for row in report.rows)
+
+
+# -- all or nothing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "rotate+smoothquant"])
+def test_what_fails_in_mid_run_leaves_the_model_as_it_was(method):
+    model = llama(tie_word_embeddings=True, attention_bias=True)
+    before = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: parameter.detach().clone() for name, parameter in before.items()}
+
+    def stop(name, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lowp.quantize_(model, "int8/row@int8/row", method=method, data=batches(), progress=stop)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is before[name] for name in before) and set(after) == set(before)
+    assert all(torch.equal(after[name], value) for name, value in values.items())
+    assert model.config.tie_word_embeddings is True and not model.training
+
+
+def test_a_weight_that_is_not_finite_is_found_before_anything_changes():
+    model = llama()
+    model.model.layers[2].mlp.down_proj.weight.data[3, 4] = float("inf")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for method in ("absmax", "gptq"):
+        with pytest.raises(lowp.LowpError, match=r"layers\.2\.mlp\.down_proj.*1 infinite"):
+            lowp.quantize_(model, RULES, method=method, **({"data": batches()} if method == "gptq" else {}))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

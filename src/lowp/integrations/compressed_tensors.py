@@ -175,6 +175,10 @@ def compress(weight: QTensor) -> dict[str, Tensor]:
             made["weight_global_scale"] = parts.scale_scale.reshape(-1)[:1].float().reciprocal()
     if parts.act_scale is not None:
         made["input_scale"] = parts.act_scale.reshape(1)
+    if parts.act_rotation is not None:
+        raise MisfitError(
+            "compressed-tensors is not written with a rotation of the activation: use rotate, not quarot."
+        )
     if parts.act_pre_scale is not None:
         raise MisfitError("compressed-tensors has no scale before the activation: fold it into the layer before it.")
     return {name: tensor.contiguous() for name, tensor in made.items()}

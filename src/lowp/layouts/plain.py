@@ -67,7 +67,11 @@ def cut(packed: Packed, spec: Spec, axis: int, start: int, stop: int) -> Packed:
 
 def cut_part(name: str, tensor: Tensor, spec: Spec, axis: int, start: int, stop: int) -> Tensor:
     """The same for one packed tensor; axis: counted from the end."""
-    if name == "act_scale" or (name == "act_pre_scale" and axis != -1):
+    if name == "act_rotation" and axis == -1 and stop - start != spec.shape[-1]:
+        raise MisfitError(
+            f"a cut [{start}:{stop}] of the last axis splits columns that are rotated as one: cut rows only."
+        )
+    if name in ("act_scale", "act_rotation") or (name == "act_pre_scale" and axis != -1):
         return tensor
     if axis < -2 or name == "act_pre_scale":
         return tensor.narrow(axis, start, stop - start)

@@ -24,15 +24,13 @@ J H J = L L^T gives H = A A^T for the upper triangular A = J L J, hence H^-1 = A
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..errors import MisfitError
 from ..numerics import Format, Parts, quantize
-from ..numerics.grid import Grid
-from ..numerics.math import grid_of_parts
+from ..ops.columns import Columns, round_columns
 from ..quantize.method import Method, register
 from ..quantize.statistics import Statistics
 
@@ -71,7 +69,7 @@ def gptq(
     parts = quantize(weight, fmt.with_rule("mse"), importance=importance) if search else quantize(weight, fmt)
     order = importance.argsort(descending=True, stable=True) if act_order else None
     factor_KK = inverse_factor(statistics.hessian_KK, damp, order)
-    codes_KN = _rounded(weight, _columns(parts, fmt, weight), factor_KK, order, fmt.block_dims(tuple(weight.shape)))
+    codes_KN = _rounded(weight, Columns.of(parts, fmt, (weight.shape[0], weight.shape[1])), factor_KK, order)
     return parts.replace(qdata=codes_KN.T.contiguous())
 
 
@@ -85,64 +83,37 @@ def inverse_factor(hessian_KK: Tensor, damp: float, order: Tensor | None = None)
     Raises:
         MisfitError: NaN or infinity in H: the layer's inputs were not finite.
     """
-    h = hessian_KK.to(torch.float64)
-    diagonal = h.diagonal()
+    diagonal = hessian_KK.diagonal().to(torch.float64)
     mean = diagonal.mean()
     if not bool(mean.isfinite()):
         raise MisfitError("calibration wants finite inputs, got NaN or infinity in a layer's Hessian: repair the data.")
-    dead = (diagonal == 0).to(h.dtype) * mean.clamp(min=1.0)
-    h = h if order is None else h[order][:, order]
-    dead = dead if order is None else dead[order]
-    reversed_KK = h.flip(0, 1)
+    last_first = torch.arange(len(diagonal), device=diagonal.device).flip(0) if order is None else order.flip(0)
+    reversed_KK = hessian_KK[last_first.unsqueeze(1), last_first].to(torch.float64)
+    plain = reversed_KK.diagonal().clone()
+    plain += (plain == 0) * mean.clamp(min=1.0)
     while True:
-        added = dead.flip(0) + damp * mean.clamp(min=torch.finfo(torch.float32).tiny)
-        lower, failed = torch.linalg.cholesky_ex(reversed_KK + torch.diag(added))
+        reversed_KK.diagonal().copy_(plain + damp * mean.clamp(min=torch.finfo(torch.float32).tiny))
+        lower, failed = torch.linalg.cholesky_ex(reversed_KK)
         if not int(failed):
             break
         damp = max(10 * damp, 1e-6)
-    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    inverse = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return inverse.to(torch.float32)
+    del reversed_KK  # two of these at a time, no more: they decide how wide a layer may be
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.to(torch.float32).flip(0, 1)
 
 
-Column = Callable[[int], Grid]
-
-
-def _columns(parts: Parts, fmt: Format, weight: Tensor) -> Column:
-    """For each column of the weight the grid that encodes it, shaped (N/bn, 1) to broadcast against (N/bn, bn)."""
-    _, bk = fmt.block_dims(tuple(weight.shape))
-    opened = grid_of_parts(parts, fmt).map(lambda tensor: tensor.permute(2, 0, 1, 3).squeeze(3).contiguous())
-
-    @functools.cache
-    def of_block(index: int) -> Grid:
-        return opened.map(lambda tensor: tensor[index])
-
-    return lambda column: of_block(column // bk)
-
-
-def _rounded(
-    weight: Tensor, columns: Column, factor_KK: Tensor, order: Tensor | None, block: tuple[int, int]
-) -> Tensor:
+def _rounded(weight: Tensor, columns: Columns, factor_KK: Tensor, order: Tensor | None) -> Tensor:
     """The codes (K, N), in the weight's own order of columns."""
-    places = list(range(weight.shape[1])) if order is None else order.tolist()
-    left_KN = (weight if order is None else weight[:, order]).T.contiguous()
-    shape = (weight.shape[0] // block[0], block[0])
-    codes_KN = None
-    for start in range(0, len(places), _BLOCK):
-        stop = min(start + _BLOCK, len(places))
-        within, errors = left_KN[start:stop], torch.empty_like(left_KN[start:stop])
-        factor = factor_KK[start:stop, start:stop]
-        steps = factor.diagonal().reciprocal()
-        for j in range(stop - start):
-            column, grid = within[j], columns(places[start + j])
-            codes = grid.encode(column.view(shape))
-            torch.mul(column - grid.decode(codes).view(-1), steps[j], out=errors[j])
-            within[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-            if codes_KN is None:
-                codes_KN = torch.empty(left_KN.shape, dtype=codes.dtype, device=codes.device)
-            codes_KN[places[start + j]] = codes.view(-1)
-        left_KN[stop:].addmm_(factor_KK[start:stop, stop:].T, errors, alpha=-1)
-    assert codes_KN is not None
+    count = weight.shape[1]
+    places_K = torch.arange(count, device=weight.device) if order is None else order
+    left_KN = weight.T.index_select(0, places_K)
+    codes_KN = torch.empty(left_KN.shape, dtype=columns.fmt.element.dtype, device=weight.device)
+    for start in range(0, count, _BLOCK):
+        own = slice(start, min(start + _BLOCK, count))
+        errors_BN = round_columns(left_KN[own], factor_KK[own, own], places_K[own], columns, codes_KN)
+        left_KN[own.stop :].addmm_(factor_KK[own, own.stop :].T, errors_BN, alpha=-1)
     return codes_KN
 
 

@@ -12,22 +12,25 @@ weight stays much larger than the rest. Sizes that are no power of two take the 
 matrix. All of it is done once, on the weights; nothing is computed at run time.
 
 Where embedding and head are one tensor, the norm's weight between them unties the two: the head becomes a tensor of its own, with
-the memory that takes. The input of the second MLP layer, behind the activation function, is not rotated: that would need a
-Hadamard product at run time.
+the memory that takes. The input of the second MLP layer, behind the activation function, cannot be rotated so: `quarot` is
+`rotate` and a Hadamard transform of that input at run time (`numerics/hadamard.py`), whose signs the weight brings along.
 
 Sources: Ashkboos et al., QuaRot, arXiv 2404.00456 (the stages above are its offline ones); Ashkboos et al., SliceGPT, 2401.15024.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MisfitError
 from ..numerics import Format, Parts, quantize
+from ..numerics.hadamard import group_of
 from ..quantize.method import Edit, Edits, Method, register
 from ..quantize.statistics import Statistics
 
@@ -40,6 +43,7 @@ _READS = {
     ),
 }  # fmt: skip
 _WRITES = ("self_attn.o_proj", "mlp.down_proj", "mlp.experts.down_proj", "mlp.shared_expert.down_proj")
+_TURNED = ("*.down_proj.weight", "*.down_proj")  # behind an activation function; the second is a stack of experts
 _OTHER_NORMS = ("pre_feedforward_layernorm", "post_feedforward_layernorm", "post_self_attn_layernorm")
 
 
@@ -199,12 +203,43 @@ def _plain(weight: Tensor, statistics: Statistics | None, fmt: Format) -> Parts:
     return quantize(weight, fmt)
 
 
-register(
-    Method(
-        name="rotate",
-        about="Hadamard rotations multiplied into the weights of a decoder, then the format's own rule",
+def turned_input(name: str, columns: int, *, seed: int = 0, layers: Sequence[str] = _TURNED) -> Tensor | None:
+    """The signs by which a layer's input is rotated at run time, None where it is not.
+
+    Args:
+        name: of its weight. columns: K. seed: of the signs. layers: patterns of names.
+
+    Returns:
+        (K,), int8; None too where K is odd: nothing would be mixed.
+
+    >>> turned_input("layers.0.mlp.down_proj.weight", 4)
+    tensor([ 1, -1, -1,  1], dtype=torch.int8)
+    """
+    if group_of(columns) == 1 or not any(fnmatch.fnmatchcase(name, pattern) for pattern in layers):
+        return None
+    generator = torch.Generator().manual_seed(seed + 2)  # others than those of the stream and of the values
+    return (1 - 2 * torch.randint(0, 2, (columns,), generator=generator)).to(torch.int8)
+
+
+def method(*, seed: int = 0, online: bool = False) -> Method:
+    """Rotations with other signs, for `quantize_(..., method=...)`.
+
+    Args:
+        seed: of the signs. online: the input of the second MLP layer too, at run time (QuaRot).
+    """
+    return Method(
+        name="quarot" if online else "rotate",
+        about="Hadamard rotations multiplied into the weights of a decoder, then the format's own rule"
+        if not online
+        else "rotate, and the input of the second MLP layer rotated at run time (wants data)",
         run=_plain,
         why_not=lambda fmt: "",
-        edit=rotations,
+        wants_data=online,
+        edit=functools.partial(rotations, seed=seed),
+        turn=functools.partial(turned_input, seed=seed) if online else None,
+        options=f"seed={seed}" if seed else "",
     )
-)
+
+
+register(method())
+register(method(online=True))

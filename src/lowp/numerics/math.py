@@ -44,6 +44,7 @@ from .parts import Parts
 _TINY = torch.finfo(torch.float32).tiny  # 2**-126, the smallest normal float32: no scale is below it, none is zero
 _HALF_MAX = torch.finfo(torch.float16).max  # 65504
 _PIECE = 1 << 17  # numbers that are worked on at a time on a CPU: 512 KB of float32, what a core's cache holds
+_LARGE_PIECE = 1 << 25  # elsewhere: 128 MB, enough that launches cost nothing beside the work
 _SHRINK = tuple(
     1.0 - 0.0125 * i for i in range(49)
 )  # the mse rule tries ranges from 100 % down to 40 %; weighed: half of them
@@ -303,15 +304,19 @@ RULES: dict[str, Rule] = {
 # -- quantize and dequantize ------------------------------------------------------------------------------------------
 
 
+def _piece(blocks: Tensor) -> int:
+    return _PIECE if blocks.device.type == "cpu" else _LARGE_PIECE
+
+
 def _row_pieces(blocks: Tensor) -> Iterator[slice]:
-    """Slices of the first axis of (rows, bn, columns, bk) that hold about `_PIECE` numbers, or one row of blocks."""
-    step = max(1, _PIECE // max(blocks[0].numel(), 1))
+    """Slices of the first axis of (rows, bn, columns, bk) that hold about a piece of numbers, or one row of blocks."""
+    step = max(1, _piece(blocks) // max(blocks[0].numel(), 1))
     return (slice(i, i + step) for i in range(0, blocks.shape[0], step))
 
 
 def _inner_pieces(blocks: Tensor) -> Iterator[slice]:
     """Slices of the second axis, for blocks that are large themselves."""
-    step = max(1, _PIECE // max(blocks[0, 0].numel(), 1))
+    step = max(1, _piece(blocks) // max(blocks[0, 0].numel(), 1))
     return (slice(i, i + step) for i in range(0, blocks.shape[1], step))
 
 

@@ -8,6 +8,7 @@ For a tensor of shape (..., N, K) and blocks of (bn, bk) elements:
     scale             (..., N/bn, K/bk)    in the scale's dtype; granularity is this shape, nothing else
     zero_point        as scale, or None
     scale_scale       if the scale is itself quantized: the scale of its blocks; scale_zero_point likewise
+    act_rotation      (K,) or None: signs; the activation is rotated by them first (`hadamard.py`)
     act_pre_scale     (K,) or None: the activation is multiplied by it before it is quantized (AWQ, SmoothQuant)
     act_scale         () or None: a static scale of the activation
 """
@@ -30,6 +31,7 @@ class Parts:
     zero_point: Tensor | None = None
     scale_scale: Tensor | None = None
     scale_zero_point: Tensor | None = None
+    act_rotation: Tensor | None = None
     act_pre_scale: Tensor | None = None
     act_scale: Tensor | None = None
 

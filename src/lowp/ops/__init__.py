@@ -5,6 +5,7 @@ under `kernels/`: it says which cases it can run and runs them. `pick` chooses, 
 """
 
 from .cast import cast, cast_both, cast_codes_as, cast_interleaved, fake_cast
+from .columns import round_columns
 from .embedding import embedding
 from .fake_quantize import fake_quantize, fake_quantize_given
 from .grouped import grouped
@@ -40,6 +41,7 @@ __all__ = [
     "muon",
     "pick",
     "product",
+    "round_columns",
     "sgd",
     "strict",
 ]

@@ -1,8 +1,9 @@
 """linear: y = x W^T + b with a quantized weight, and an activation that may be quantized on the way in.
 
-    y_MN = act_quantize(x_MK * act_pre_scale_K) @ ((qdata_NK - zero_point) * scale).T + bias_N
+    y_MN = act_quantize(rotated(x_MK) * act_pre_scale_K) @ ((qdata_NK - zero_point) * scale).T + bias_N
 
-That line is the reference, for every format. Without an activation format act_quantize is the identity; with one it is
+That line is the reference, for every format. Where the weight brings signs (`act_rotation`) the activation is rotated before any
+kernel sees it, so that kernels know nothing of it. Without an activation format act_quantize is the identity; with one it is
 quantize then dequantize, each token's scale taken from the token itself (dynamic) or from `act_scale` (static).
 
 Legend: M tokens, N output channels, K input channels.
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..layouts import Spec, layout_of
 from ..layouts.base import Packed
 from ..numerics import Parts, dequantize
+from ..numerics.hadamard import rotated
 from .cast import cast
 from .cast import reference as cast_reference
 from .registry import picked
@@ -33,11 +35,18 @@ def linear(x: Tensor, packed: Packed, spec: Spec, bias: Tensor | None = None) ->
     Raises:
         KernelError: in strict mode, where only a fallback can run.
     """
+    if "act_rotation" in packed:
+        x, packed = turn(x, packed), {name: tensor for name, tensor in packed.items() if name != "act_rotation"}
     kernel = picked("linear", x, packed, spec)
     if x.dim() == 2:
         return kernel.run(x, packed, spec, bias)
     y = kernel.run(x.reshape(-1, x.shape[-1]), packed, spec, bias)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def turn(x: Tensor, packed: Packed) -> Tensor:
+    """The activation, rotated where the weight asks for it."""
+    return rotated(x, packed["act_rotation"]) if "act_rotation" in packed else x
 
 
 def prescale(x_MK: Tensor, packed: Packed) -> Tensor:
@@ -56,7 +65,7 @@ def quantized_input(x_MK: Tensor, packed: Packed, spec: Spec) -> tuple[Parts, Te
 
 def act_values(x_MK: Tensor, packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
     """What the matrix product sees of the activation: pre-scaled, quantized and dequantized."""
-    x = prescale(x_MK.to(dtype), packed)
+    x = prescale(turn(x_MK.to(dtype), packed), packed)
     if spec.act is None:
         return x
     return dequantize(cast_reference(x, spec.act, packed.get("act_scale")), spec.act, dtype)

@@ -1,5 +1,7 @@
 """The hidden states of the calibration set between two blocks: in memory, or in files where they would not fit.
 
+In memory they lie where the blocks run while that device is less than half full, and with the host beyond that.
+
 One block reads what the block before it has written. In files the two never overlap: blocks read `hidden-0.bin` and write
 `hidden-1.bin`, then the other way round, so that a run that is killed finds the input of the block it was in. Reads and writes
 are plain ones, a batch at a time: what is resident is one batch.
@@ -13,17 +15,18 @@ import torch
 from torch import Tensor
 
 from . import shards as files
+from .memory import has_room
 
 
 class Activations:
     """One tensor a batch, with a shape and dtype of its own.
 
     Args:
-        folder: where the files go; None keeps all in memory.
+        folder: where the files go; None keeps all in memory. limit: bytes that may be in use on the device that blocks run on.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self.folder, self.limit = folder, limit
         self._kept: tuple[dict[int, Tensor], dict[int, Tensor]] = (
             {},
             {},
@@ -39,7 +42,7 @@ class Activations:
         """Add the next batch's, before the first block."""
         self._shapes.append((tuple(hidden.shape), hidden.dtype))
         if self.folder is None:
-            self._kept[self._current][len(self) - 1] = hidden.detach().to("cpu", copy=True)
+            self._kept[self._current][len(self) - 1] = self._copy(hidden)
         else:
             with open(self._path(self._current), "wb" if len(self) == 1 else "ab") as file:
                 file.write(files.as_bytes(hidden))
@@ -56,10 +59,14 @@ class Activations:
         """What comes out of the block; in the order of the batches. The block goes on reading its own input."""
         self._next[index] = (tuple(hidden.shape), hidden.dtype)
         if self.folder is None:
-            self._kept[1 - self._current][index] = hidden.detach().to("cpu", copy=True)
+            self._kept[1 - self._current][index] = self._copy(hidden)
             return
         with open(self._path(1 - self._current), "wb" if index == 0 else "ab") as file:
             file.write(files.as_bytes(hidden))
+
+    def _copy(self, hidden: Tensor) -> Tensor:
+        """In memory of its own, where there is room."""
+        return hidden.detach().to(hidden.device if has_room(hidden, self.limit) else "cpu", copy=True)
 
     def turn(self) -> None:
         """What was written is read from now on."""

@@ -29,7 +29,7 @@ from .edit import edit_, edit_proved_
 from .match import PlanRow, Rules, Target, planned, table
 from .memory import bytes_of
 from .method import Method, method_of
-from .weight import check_finite, quantize_weight
+from .weight import check_finite, float_weight, quantize_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +157,7 @@ def quantize_(
         A Report: for each tensor its scheme, layout, kernel, bytes, error and reason; with data its output error too.
 
     Raises:
-        SpellingError, MisfitError, QuantizedError, KernelError: before anything is changed, but for a non-finite weight, which is
-        found when its turn comes (the layers before it are quantized then; the message names the one).
+        SpellingError, MisfitError, QuantizedError, KernelError: whatever fails, and whenever, the model is as it was before.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64))
     >>> report = quantize_(model, "int4")
@@ -186,16 +185,20 @@ def quantize_(
     for target, row in rows:
         if row.scheme is not None and target.weight.device.type != "meta" and not chosen.takes_any:
             check_finite(target.weight, target.fqn)
-    if chosen.edit is not None:  # nothing was changed before this line
-        edits = chosen.edit(model)
-        edit_proved_(model, edits, batches[0]) if batches else edit_(model, edits)
-        rows = list(planned(model, rules, method=method, device=device, on_misfit=on_misfit))
-    outcomes: dict[str, Outcome] = {}
-    if batches is not None:
-        outcomes = _calibrated(model, [one for one in rows if one[1].scheme is not None], batches, how, ram)
-    done = [_carry_out(model, target, row, method, device, outcomes.get(target.fqn)) for target, row in rows]
-    if device is not None:
-        model.to(device)
+    place = _InPlace(model, on, copies=chosen.smooth is not None)  # nothing was changed before this line
+    try:
+        if chosen.edit is not None:
+            edits = chosen.edit(model)
+            edit_proved_(model, edits, batches[0]) if batches else edit_(model, edits)
+            rows = list(planned(model, rules, method=method, device=device, on_misfit=on_misfit))
+        if batches is not None:
+            _calibrate(model, [one for one in rows if one[1].scheme is not None], batches, how, ram, place)
+        done = [_carry_out(model, target, row, method, device, place.outcomes.get(target.fqn)) for target, row in rows]
+        if device is not None:
+            model.to(device)
+    except BaseException:  # Ctrl-C too
+        place.restore()
+        raise
     return Report(rows=tuple(done))
 
 
@@ -207,39 +210,95 @@ def _batches(data: Iterable[Batch] | None) -> list[Batch] | None:
 
 
 class _InPlace:
-    """The model itself as the place of its weights: blocks come to the device and stay there."""
+    """The model itself as the place of its weights: all of them change at the end, or none.
+
+    A block that is done gets its own parameters back, where they were; what calibration made of it waits in `outcomes` and
+    `changed`. So a run that fails leaves the model as it was, and one block at a time is on the device.
+
+    Args:
+        model, device: where blocks run. copies: the method writes into parameters: it is given copies.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, *, copies: bool) -> None:
+        self.model, self.device, self.copies = model, device, copies
+        self.outcomes: dict[str, Outcome] = {}
+        self.changed: dict[str, nn.Parameter] = {}
+        self.done: set[nn.Module] = set()
+        self.originals = dict(model.named_parameters(remove_duplicate=False))
+        self.homes = {name: parameter.device for name, parameter in self.originals.items()}
+        self.tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
 
     @property
     def blocks_done(self) -> int:
         """Nothing is kept of an earlier run."""
         return 0
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.outcomes = device, {}  # type: ignore[var-annotated]
-
     def load(self, module: nn.Module) -> None:
-        """Bring a block to the device."""
-        module.to(self.device)
+        """Bring a block to the device; at last, for the model, what is in no block."""
+        copied: dict[nn.Parameter, nn.Parameter] = {}
+        for child in module.modules():
+            if child in self.done:
+                continue
+            child._apply(lambda tensor: tensor.to(self.device), recurse=False)
+            for name, parameter in child._parameters.items():
+                if self.copies and parameter is not None and type(parameter) is nn.Parameter:
+                    fresh = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                    child._parameters[name] = copied.setdefault(parameter, fresh)
 
     def finished(self, name: str, module: nn.Module, outcomes: Mapping[str, Outcome], hidden: Activations) -> None:
-        """Keep what became of a block's weights."""
+        """Keep what became of a block's weights, and give it back its own."""
         self.outcomes |= outcomes
+        for fqn, parameter in list(module.named_parameters(prefix=name, remove_duplicate=False)):
+            if fqn not in outcomes and not self._is_original(fqn, parameter):
+                self.changed[fqn] = parameter
+            self._put_back(fqn)
+        self.done |= set(module.modules())
+        if not name:
+            for fqn, parameter in self.changed.items():
+                _set(self.model, fqn, parameter)
+
+    def restore(self) -> None:
+        """The model as it was."""
+        for fqn in self.originals:
+            self._put_back(fqn)
+        config: Any = getattr(self.model, "config", None)
+        if self.tied is not None:
+            config.tie_word_embeddings = self.tied
+
+    def _is_original(self, fqn: str, parameter: Tensor) -> bool:
+        own = self.originals[fqn]
+        return parameter is own or (parameter.dtype == own.dtype and torch.equal(parameter, own.to(parameter.device)))
+
+    def _put_back(self, fqn: str) -> None:
+        own = self.originals[fqn]
+        if own.device != self.homes[fqn]:
+            own.data = own.data.to(self.homes[fqn])
+        _set(self.model, fqn, own)
 
 
-def _calibrated(
-    model: nn.Module, rows: list[tuple[Target, PlanRow]], batches: list[Batch], how: How, max_ram: int | None
-) -> dict[str, Outcome]:
-    """What calibration makes of the weights; where that fails, the model has been changed up to the block that failed."""
-    training, place = {module: module.training for module in model.modules()}, _InPlace(how.device)
+def _set(model: nn.Module, fqn: str, parameter: nn.Parameter) -> None:
+    module_name, _, name = fqn.rpartition(".")
+    model.get_submodule(module_name)._parameters[name] = parameter
+
+
+def _calibrate(
+    model: nn.Module,
+    rows: list[tuple[Target, PlanRow]],
+    batches: list[Batch],
+    how: How,
+    max_ram: int | None,
+    place: _InPlace,
+) -> None:
+    """Calibrate in eval mode; modules are in their own mode afterwards."""
+    training = {module: module.training for module in model.modules()}
     model.eval()
     with tempfile.TemporaryDirectory(prefix="lowp-calibrate-") as folder:
-        hidden = Activations(Path(folder) if max_ram is not None else None)
+        hidden = Activations(Path(folder) if max_ram is not None else None, how.limit)
         try:
             calibrate(model, rows, batches, place, hidden, how)
         finally:
             for module, mode in training.items():
                 module.training = mode
-    return place.outcomes
 
 
 def _refuse_fallbacks(rows: list[PlanRow]) -> None:
@@ -302,6 +361,8 @@ def _error(weight: Tensor, quantized: QTensor) -> float:
 def dequantize_(model: nn.Module) -> nn.Module:
     """Turn every quantized weight back into floats of its dtype, in place; tied weights stay tied.
 
+    What the input was multiplied by (`act_pre_scale`) and rotated by goes into the weight: the layer says the same.
+
     Returns:
         The model.
     """
@@ -310,6 +371,6 @@ def dequantize_(model: nn.Module) -> nn.Module:
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(parameter, QTensor):
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(parameter.dequantize().contiguous(), requires_grad=False)
+                    made[id(parameter)] = nn.Parameter(float_weight(parameter).contiguous(), requires_grad=False)
                 setattr(module, name, made[id(parameter)])
     return model

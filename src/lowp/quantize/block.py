@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import MisfitError
 from ..numerics import Scheme
 from ..numerics.compare import relative_error
+from ..numerics.hadamard import rotated
 from ..tensor import QTensor
 from .activations import Activations
 from .blocks import every_tensor, first_tensor
@@ -27,8 +28,9 @@ from .memory import in_use
 from .smooth import find_taker, give
 from .statistics import Statistics, static_scale
 from .watch import Watch
-from .weight import check_finite, quantize_weight
+from .weight import check_finite, float_weight, quantize_weight
 
+_BLIND = "padding counts as data, it cannot be told from other tokens here"
 _UNSEEN = "no token reached it, or not by a product that calibration sees, so by absmax"
 
 
@@ -39,12 +41,14 @@ class Group:
     Args:
         rows: them, with their plan. before: modules that ran before them in the block, the latest first.
         factor_K: what the input is multiplied by at run time, where no operation before it took the factor over.
+        signs_K: what it is rotated by at run time, before that.
         note: for the report. batch: the first that reaches them.
     """
 
     rows: list[Planned]
     before: list[nn.Module] = field(default_factory=list)
     factor_K: Tensor | None = None
+    signs_K: Tensor | None = None
     note: str = ""
     batch: int = 0
 
@@ -60,9 +64,14 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        """Of the statistics, and of rounding the largest layer: 3 copies of H in float64, 7 of the weight in float32."""
+        """Of the statistics, and of rounding the largest layer.
+
+        Rounding goes in two steps: H is factored, in three matrices of float64 at most; then codes, values and their errors
+        stand beside one another, 44 bytes for each weight.
+        """
         columns = self.shape[-1]
-        rounding = max(24 * columns**2 + 28 * columns * target.matrix_shape[-2] for target, _ in self.rows)
+        weights = max(columns * target.matrix_shape[-2] for target, _ in self.rows)
+        rounding = max(24 * columns**2 + 12 * weights, 4 * columns**2 + 44 * weights)
         return 4 * self.matrices * (columns**2 + 4 * columns) + rounding
 
 
@@ -71,13 +80,19 @@ class Block:
 
     Args:
         module: it, with its weights on the device. rows: its layers that get a scheme. run: what it answers on a batch.
-        count: of batches. how: to calibrate.
+        real: for each batch which tokens (B, T) are no padding, None for all. how: to calibrate.
     """
 
     def __init__(
-        self, module: nn.Module, rows: Sequence[Planned], run: Callable[[int], Any], count: int, how: How
+        self,
+        module: nn.Module,
+        rows: Sequence[Planned],
+        run: Callable[[int], Any],
+        real: Sequence[Tensor | None],
+        how: How,
     ) -> None:
-        self.module, self.run, self.count, self.how = module, torch.no_grad()(run), count, how
+        self.module, self.run, self.real, self.how = module, torch.no_grad()(run), real, how
+        self.count = len(real)
         self.rows = [(dataclasses.replace(target, weight=_weight_of(target)), row) for target, row in rows]
         self.exact: dict[str, Tensor] = {}  # float32 weights that smoothing has changed, before any rounding
         self.outcomes: dict[str, Outcome] = {}
@@ -94,6 +109,9 @@ class Block:
         for target, _ in self.rows:
             check_finite(target.weight, target.fqn)
         groups = self._groups()
+        if self.how.method.turn is not None:
+            for group in groups:
+                self._turn(group)
         if self.how.method.smooth is not None:
             for group in groups:
                 self._smooth(group)
@@ -193,22 +211,46 @@ class Block:
 
         def see(name: str, index: int, x: Tensor) -> None:
             group, statistics = found[name]
+            x = x if group.signs_K is None else rotated(x, group.signs_K)
             statistics[index].update(x if group.factor_K is None else x * group.factor_K.to(x.dtype))
 
-        with Watch([group.rows[0][0] for group in groups], see):
-            for batch in range(self.count):
+        with Watch([group.rows[0][0] for group in groups], see) as watch:
+            for batch, real in enumerate(self.real):
+                watch.real = None if real is None else real.to(self.how.device)
                 self.run(batch)
+        for group in groups:
+            if group.rows[0][0].fqn in watch.blind:
+                group.note = "; ".join(filter(None, (group.note, _BLIND)))
         if self.how.reduce:
             for _, statistics in found.values():
                 for one in statistics:
                     one.reduce()
         return [statistics for _, statistics in found.values()]
 
+    # -- rotating an input at run time --------------------------------------------------------------------------------
+
+    def _turn(self, group: Group) -> None:
+        """Where the method asks for it: layers that share an input are rotated as one."""
+        turn = self.how.method.turn
+        assert turn is not None
+        signs = [turn(target.fqn, group.shape[-1]) for target, _ in group.rows]
+        if any(one is None for one in signs):
+            return
+        if len(group.shape) != 2 or any(target.tied or target.kind != "linear" for target, _ in group.rows):
+            group.note = "input not rotated: it is tied, or no plain linear layer"
+            return
+        assert signs[0] is not None
+        group.signs_K, group.note = signs[0].to(self.how.device), "input rotated at run time"
+        for target, _ in group.rows:
+            self.exact[target.fqn] = rotated(self._exact(target), group.signs_K)
+
     # -- smoothing ----------------------------------------------------------------------------------------------------
 
     def _smooth(self, group: Group) -> None:
         smooth = self.how.method.smooth
         assert smooth is not None
+        if group.signs_K is not None:
+            return  # there is nothing left to share: a rotation evens columns out
         if len(group.shape) == 3 or any(target.tied or target.kind != "linear" for target, _ in group.rows):
             group.note = "no factor: it is tied, or no plain linear layer"
             return
@@ -285,6 +327,8 @@ class Block:
     ) -> QTensor:
         """The weight with what its activation is multiplied by, and its static scale."""
         act, packed = Scheme.parse(scheme).act, quantized.packed
+        if group.signs_K is not None:
+            packed = packed | {"act_rotation": group.signs_K.to(torch.int8)}
         if group.factor_K is not None:
             packed = packed | {"act_pre_scale": group.factor_K}
         if self.how.static is not None and act is not None and statistics:
@@ -296,6 +340,8 @@ class Block:
     def _stand_in(self, target: Any, quantized: QTensor, values: Tensor) -> None:
         """What the block multiplies with from now on: floats where they mean the same, since they are faster."""
         same = quantized.spec.act is None and "act_pre_scale" not in quantized.packed
+        if same and "act_rotation" in quantized.packed:
+            values = float_weight(quantized)
         tensor = values.to(target.weight.dtype).contiguous() if same else quantized
         parameter = nn.Parameter(tensor, requires_grad=False)
         target.module._parameters[target.fqn.rpartition(".")[2]] = parameter
@@ -326,7 +372,9 @@ def _output_error(statistics: Sequence[Statistics], weight: Tensor, values: Tens
 
 
 def _coverage(statistics: Sequence[Statistics]) -> str:
-    """What a stack of experts lacks: those that no token reached, and those that fewer tokens reached than they have columns."""
+    """What a layer lacks, or the experts of a stack: those that no token reached, and those with fewer tokens than columns."""
+    if len(statistics) == 1 and 0 < statistics[0].tokens < statistics[0].columns:
+        return f"saw {statistics[0].tokens} tokens, fewer than its {statistics[0].columns} columns"
     if len(statistics) < 2:
         return ""
     without = [index for index, one in enumerate(statistics) if not one.tokens]

@@ -181,6 +181,14 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
         return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
 
 
+def real_tokens(batch: Batch) -> Tensor | None:
+    """(B, T), bool: the tokens of a batch that are no padding, by its `attention_mask`; None where it leaves none out."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    return mask != 0
+
+
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """No module keeps keys and values from one run to the next, wherever in the model its configuration hangs."""

@@ -26,7 +26,7 @@ from torch import nn
 from ..errors import MisfitError, SpellingError
 from ..tensor import QTensor
 from .activations import Activations
-from .blocks import Batch, Call, Chain, chain_of, mapped, run_model
+from .blocks import Batch, Call, Chain, chain_of, mapped, real_tokens, run_model
 from .match import PlanRow, Target
 from .method import Method
 from .statistics import STATIC
@@ -107,7 +107,8 @@ def calibrate(
 
     Args:
         model: in eval mode, weights where `place` finds them. rows: of the weights that get a scheme.
-        batches: what the model is run on: token ids (B, T), mappings of keyword arguments, or tuples of arguments.
+        batches: what the model is run on: token ids (B, T), mappings of keyword arguments, or tuples of arguments. Tokens that
+            a mapping's `attention_mask` (B, T) leaves out are no data.
         hidden: empty, or what an earlier run has left. how: the rest.
 
     Raises:
@@ -121,6 +122,7 @@ def calibrate(
     at_home = [mapped(batch, how.home) for batch in batches]
     chain = chain_of(model, at_home[0], how.device, ready=place.load)
     calls = _calls(chain, at_home, hidden)
+    real = [real_tokens(batch) for batch in at_home]
     total, left = len(chain.names) + 1, list(rows)
     for index, (name, block) in enumerate(zip(chain.names, chain.blocks, strict=True)):
         inside = [row for row in left if row[0].fqn.startswith(f"{name}.")]
@@ -133,7 +135,7 @@ def calibrate(
         def run(batch: int, index: int = index, block: nn.Module = block) -> Any:
             return calls[batch][index].to(how.device).answer(block, hidden.read(batch, how.device))
 
-        work = Block(block, inside, run, len(batches), how)
+        work = Block(block, inside, run, real, how)
         place.finished(name, block, work.quantize(hidden), hidden)
     how.progress("the rest", len(chain.names), total)
     place.load(model)
@@ -142,7 +144,7 @@ def calibrate(
         given = mapped(batches[batch], how.device)
         return chain.finish(given, hidden.read(batch, how.device)) if chain.names else run_model(model, given)
 
-    place.finished("", model, Block(model, left, rest, len(batches), how).quantize(None), hidden)
+    place.finished("", model, Block(model, left, rest, real, how).quantize(None), hidden)
     how.progress("", total, total)
 
 

@@ -36,6 +36,7 @@ from .checkpoint import Meaning, check_target, copy_configuration, publish, seal
 from .edit import edit_, edited
 from .journal import JOURNAL, Journal
 from .match import PlanRow, Rules, planned
+from .memory import in_use
 from .method import Edits
 from .shards import Shard
 from .stream import Source
@@ -220,6 +221,7 @@ class _Files:
     def _fill(self, module: nn.Module) -> None:
         """Give a module and those below it their tensors, on the device."""
         prefix = next(name for name, found in self.model.named_modules() if found is module)
+        self._check_memory(prefix, module)
         for below, child in module.named_modules(prefix=prefix):
             for own, parameter in list(child._parameters.items()):
                 if parameter is None or parameter.device.type != "meta":
@@ -232,6 +234,18 @@ class _Files:
                     child._buffers[own] = self.read(name).to(self.how.device)
                 elif buffer is not None and buffer.device != self.how.device and buffer.device.type != "meta":
                     child._buffers[own] = buffer.to(self.how.device)
+
+    def _check_memory(self, prefix: str, module: nn.Module) -> None:
+        """Before anything is read: whether what a module holds fits under the limit."""
+        if self.how.limit is None:
+            return
+        names = {self.tied.get(name, name) for name, p in module.named_parameters(prefix) if p.device.type == "meta"}
+        wanted, used = sum(self.sources[name].nbytes for name in names), in_use(self.how.device)
+        if used + wanted > self.how.limit:
+            raise MisfitError(
+                f"{prefix or 'the model'} wants {wanted / 1e9:.3f} GB for its weights beside {used / 1e9:.2f} GB in use, got a "
+                f"limit of {self.how.limit / 1e9:.2f} GB: raise max_ram or max_vram."
+            )
 
     def _read(self, name: str) -> None:
         """Read a tensor and put it under all of its names: where it is tied, what watches one must see the other."""

@@ -45,10 +45,12 @@ SHARD_BYTES = 4_000_000_000
 HOW_TO_READ = (
     "This directory holds a model in low precision. Each tensor that `tensors` names is stored as several: NAME.qdata and, "
     "as its format has them, NAME.scale, NAME.zero_point, NAME.scale_scale, NAME.scale_zero_point, NAME.act_pre_scale, "
-    "NAME.act_scale. Tensors that are not in `tensors` are stored as they are.",
+    "NAME.act_scale, NAME.act_rotation. Tensors that are not in `tensors` are stored as they are.",
     "value = (qdata - zero_point) * scale. One entry of scale and zero_point serves a block of elements: the size of an axis "
     "of the tensor divided by that of the same axis of scale. Without zero_point it is 0. Where there is a scale_scale, the "
     "true scale is (scale - scale_zero_point) * scale_scale, in blocks that are counted row by row.",
+    "A layer's input is multiplied by act_pre_scale before it is quantized, and before that by the signs in act_rotation and, in "
+    "groups as wide as the largest power of two that divides their number, by Sylvester's Hadamard matrix / sqrt(width).",
     "Elements that have a dtype of 8 bits are stored in it. Others are codes of b bits, a little-endian stream along the last "
     "axis: code i of a row takes the bits [i*b, (i+1)*b) of that row, lowest first; rows are padded to whole bytes. Code c "
     "stands for the number codes[ELEMENT][c]; null is NaN.",
@@ -363,7 +365,7 @@ class Contents:
         return {name: stored for name, stored in self.stored.items() if name not in taken}
 
 
-_ACTIVATION = ("act_pre_scale", "act_scale")
+_ACTIVATION = ("act_rotation", "act_pre_scale", "act_scale")
 
 
 def is_ours(directory: str | os.PathLike[str]) -> bool:

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import SpellingError
 
@@ -25,6 +26,14 @@ def in_use(device: torch.device) -> int:
     _give_back()
     path = Path("/proc/self/statm")
     return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.is_file() else 0
+
+
+def has_room(tensor: Tensor, limit: int | None) -> bool:
+    """Whether a copy of a tensor leaves at least half of its device free; limit: bytes that may be in use there."""
+    if tensor.device.type != "cuda":
+        return True
+    whole = torch.cuda.get_device_properties(tensor.device).total_memory
+    return torch.cuda.memory_allocated(tensor.device) + tensor.nbytes <= min(whole, limit or whole) // 2
 
 
 def _give_back() -> None:

@@ -8,9 +8,10 @@ Without data, statistics is None, and only methods that need none are allowed:
     mse      for each block the range of least squared error
     hqq      half-quadratic quantization (see `lowp/methods/hqq.py`)
 
-Two further steps come before it where a method has them, and leave the float model's outputs as they are:
+Three further steps come before it where a method has them, and leave the float model's outputs as they are:
 
     edit(model) -> edits                              weights in another basis: rotations
+    turn(name, K) -> signs_K                          an input rotated at run time, and the weight with it
     smooth(weights, statistics, scheme) -> factor_K   inputs times a factor, weights divided by it: AWQ, SmoothQuant
 
 "rotate+gptq" is a method too: the edits and factors of every part, and the last one's run. Methods of the rooms above register
@@ -72,6 +73,7 @@ class Method:
         wants_data: it reads statistics of the inputs: `data=` must be given.
         smooth: weights [(N, K)] that share an input, its statistics, and their schemes -> factor (K,) for the input, or None.
         edit: model -> changes of its tensors.
+        turn: name of a linear layer's weight and its K -> signs (K,) by which its input is rotated at run time, or None.
         options: how it differs from the method of that name in the table, for whoever must know whether two are the same.
     """
 
@@ -84,6 +86,7 @@ class Method:
     wants_data: bool = False
     smooth: Callable[[Sequence[Tensor], Statistics, Sequence[Scheme]], Tensor | None] | None = None
     edit: Callable[[nn.Module], Edits] | None = None
+    turn: Callable[[str, int], Tensor | None] | None = None
     options: str = ""
 
 
@@ -120,16 +123,16 @@ def method_of(name: str | Method) -> Method:
         if one not in METHODS:
             raise SpellingError.of("method", one, METHODS)
         parts.append(METHODS[one])
-    return functools.reduce(_then, parts)
+    return functools.reduce(then, parts)
 
 
-def _then(first: Method, second: Method) -> Method:
+def then(first: Method, second: Method) -> Method:
     """One method after another: what the first changes of the model stays, the second rounds."""
     name = f"{first.name}+{second.name}"
-    for step in ("smooth", "edit"):
+    for step in ("smooth", "edit", "turn"):
         if getattr(first, step) and getattr(second, step):
             raise SpellingError(f"method {name!r}: {first.name} and {second.name} do the same step, take one of them.")
-    if not first.smooth and not first.edit:
+    if not first.smooth and not first.edit and not first.turn:
         raise SpellingError(
             f"method {name!r}: {first.name} only rounds, so nothing can come after it: write it last, as in "
             f"'{second.name}+{first.name}'."
@@ -142,6 +145,7 @@ def _then(first: Method, second: Method) -> Method:
         by_rows=False,
         smooth=first.smooth or second.smooth,
         edit=first.edit or second.edit,
+        turn=first.turn or second.turn,
         options=f"{first.options}; {second.options}".strip("; "),
     )
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import MisfitError, QuantizedError, SpellingError
 from ..numerics import Format, Parts, Scheme
+from ..numerics.hadamard import unrotated
 from ..tensor import QTensor
 from .method import METHODS, Method, method_of
 from .statistics import Statistics
@@ -71,6 +72,18 @@ def _parts_of(matrix: Tensor, method: Method, fmt: Format, statistics: Sequence[
         return method.run(matrix, statistics[0] if statistics else None, fmt)
     each = [method.run(one, seen, fmt).tensors() for one, seen in zip(matrix, statistics, strict=True)]
     return Parts.of({name: torch.stack([parts[name] for parts in each]) for name in each[0]})
+
+
+def float_weight(weight: QTensor) -> Tensor:
+    """The float weight that says the same: what happens to the input before it is quantized is undone in the columns."""
+    factor_K, signs_K = weight.packed.get("act_pre_scale"), weight.packed.get("act_rotation")
+    if factor_K is None and signs_K is None:
+        return weight.dequantize()
+    values = weight.dequantize(torch.float32)
+    values = values.mT if weight.transposed else values
+    values = values if factor_K is None else values * factor_K.to(torch.float32)
+    values = values if signs_K is None else unrotated(values, signs_K)
+    return (values.mT if weight.transposed else values).to(weight.dtype)
 
 
 def check_finite(weight: Tensor, name: str) -> None:

@@ -23,6 +23,7 @@ from ..layouts import LAYOUTS, Spec, layout_of
 from ..layouts.base import Packed
 from ..layouts.plain import tensor_shapes
 from ..numerics import Format, quantize
+from ..numerics.hadamard import unrotated
 from ..ops.embedding import embedding
 from ..ops.grouped import grouped
 from ..ops.linear import linear
@@ -207,7 +208,7 @@ def _select(func: Any, args: Any, kwargs: Any) -> QTensor | Tensor:
 
 
 def _is_shared(name: str) -> bool:
-    return name in ("act_scale", "act_pre_scale")  # they belong to the activation and have no batch axes
+    return name.startswith("act_")  # it belongs to the activation and has no batch axes
 
 
 @rule(
@@ -416,7 +417,7 @@ def _new(func: Any, args: Any, kwargs: Any) -> QTensor:
         return _reshape(_new(func, (x.like(x.packed).view(x.spec.shape),), kwargs), shape)
     if x.transposed and shape == tuple(x.shape):
         return _new(func, (x.t(),), kwargs).t()
-    if x.transposed or "act_scale" in x.packed or "act_pre_scale" in x.packed:
+    if x.transposed or any(_is_shared(name) for name in x.packed):
         raise TensorRuleError(f"{func} of another shape or device from {x!r}: make it from the float tensor instead.")
     packed = {
         name: torch.zeros(size, dtype=kind, device=device)
@@ -489,7 +490,15 @@ def _is_weight(w: Any) -> bool:
 def _times(x: Tensor, w: QTensor) -> Tensor:
     if w.is_lazy_view:
         return x @ w.dequantize(x.dtype)
-    return matmul(x, w.packed, w.spec, transposed=w.transposed)
+    y = matmul(x, w.packed, w.spec, transposed=w.transposed)
+    return y if w.transposed else _to_input(y, w)
+
+
+def _to_input(y: Tensor, w: QTensor) -> Tensor:
+    """What is along the columns of a weight, a gradient for one, as the layer's input has it: before scale and rotation."""
+    factor_K, signs_K = w.packed.get("act_pre_scale"), w.packed.get("act_rotation")
+    y = y if factor_K is None else y * factor_K.to(y.dtype)
+    return y if signs_K is None else unrotated(y, signs_K)
 
 
 @rule(aten.linear.default)

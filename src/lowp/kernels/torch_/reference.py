@@ -27,6 +27,7 @@ from ...ops.cast import (
 )
 from ...ops.cast import reference as cast_reference
 from ...ops.cast_groups import reference as groups_reference
+from ...ops.columns import reference as columns_reference
 from ...ops.embedding import reference as embedding_reference
 from ...ops.fake_quantize import given_grad_reference, given_reference
 from ...ops.fake_quantize import grad_reference as fake_quantize_grad_reference
@@ -121,6 +122,10 @@ def _cast_in_torch(case: Case) -> str:
     return f"{case.weight.element.name} by torch's operators, one after the other"
 
 
+def _columns_in_torch(case: Case) -> str:
+    return f"{case.weight.element.name} codes by torch's operators, a column at a time"
+
+
 def _step_in_torch(case: Case) -> str:
     return f"states in {case.scheme.replace('@', ' and ')} decoded, updated and quantized by torch's operators"
 
@@ -191,6 +196,7 @@ KERNELS = (
         "embedding", "reference", embedding_reference, "decode the whole table, then look up",
         lambda case: f"{decoded(case)}, the whole table, then looked up",
     ),
+    _last("round_columns", "reference", columns_reference, _IN_TORCH, _columns_in_torch),
     *(
         _last(rule, "reference", partial(update_reference, rule), _IN_TORCH, _step_in_torch)
         for rule in RULES

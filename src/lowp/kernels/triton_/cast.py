@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...numerics import ELEMENTS, Format, Parts
+from ...numerics import ELEMENTS, Element, Format, Parts
 from ...numerics.math import RULES, ZERO_POINT_DTYPES
 from ...ops.cast import (
     codes_reference,
@@ -266,19 +266,26 @@ def _plan(spelling: str, columns: int, sm: int) -> Plan:
     )
 
 
+def element_constants(element: Element, sm: int) -> tuple[Any, ...]:
+    """What `rounding.encode` is told about an element, in its order."""
+    integer = element.kind == "int"
+    native = {"e4m3": 1, "e5m2": 2}.get(element.name, 3) if sm >= 89 and not interpreted() else 3
+    return (
+        0 if integer else native, element.mbits, 128 - element.bias, element.max, element.bits, element.specials != "none",
+        float(element.qmin) if integer else 0.0, float(element.qmax) if integer else 0.0,
+    )  # fmt: skip
+
+
 def constants_of(fmt: Format, sm: int) -> tuple[Any, ...]:
     """What a kernel is told about a format, in the order of `_cast_kernel`, from KIND on."""
     element, rule = fmt.element, RULES[fmt.rule]
-    integer = element.kind == "int"
-    native = {"e4m3": 1, "e5m2": 2}.get(element.name, 3) if sm >= 89 and not interpreted() else 3
     largest = (element.max - element.min) / 2 if fmt.rule == "symmetric" else element.largest
     if fmt.rule == "even":
-        above = 1 << (23 - (element.bits - 2 if integer else element.mbits) - 1)
+        above = 1 << (23 - (element.bits - 2 if element.kind == "int" else element.mbits) - 1)
     else:
         above = 0 if fmt.rule == "ceil" else int((element.largest / 2.0**element.emax - 1.0) * 2**23)
     return (
-        0 if integer else native, element.mbits, 128 - element.bias, element.max, element.bits, element.specials != "none",
-        float(element.qmin) if integer else 0.0, float(element.qmax) if integer else 0.0, float(largest),
+        *element_constants(element, sm), float(largest),
         rule.reciprocal or fmt.nested is not None or fmt.scale in ("e4m3", "e8m0"), _ZEROS[fmt.zero_point],
         5 if fmt.nested else _SCALES[str(fmt.scale)], _RULES.get(fmt.rule, 0), element.emax, above, 448.0 * element.largest,
     )  # fmt: skip

@@ -73,11 +73,12 @@ def rounded(x, DTYPE: tl.constexpr):
 def quotient(x, s, STATIC: tl.constexpr, NARROW: tl.constexpr = False):
     """x / s, rounded as IEEE rounds; s is positive, infinite or NaN, one for each row of the tile.
 
-    NARROW: one correction is enough, where x and s are both bf16 (exact: all 128 x 128 pairs of mantissas were tried), and where
-    x has at most 11 significant bits (bf16, fp16) and the quotient is only rounded to float8 or smaller. After it q is off by 2**-46 of itself before it is rounded, so it differs from IEEE's only next to the
-    middle of two floats, and that matters only if one of these is the middle of two elements, m of 5 bits. With S the 24 bits of
-    s: |X 2**e - S (m 2**20 +- 1)| <= 8, X of 11 bits, e >= 36. So S = c 2**20 + t with |t| <= 8 and t m +- c = 0, which leaves
-    S = 2**24 - 1 and X a power of two alone; there q is right (tried). A quotient beyond 2**59 may come out smaller."""
+    NARROW: one correction is enough, where x and s are both bf16 (exact: all 128 x 128 pairs of mantissas were tried), and
+    where x has at most 11 significant bits (bf16, fp16) and the quotient is only rounded to float8 or smaller. After it q is
+    off by 2**-46 of itself before it is rounded, so it differs from IEEE's only next to the middle of two floats, and that
+    matters only if one of these is the middle of two elements, m of 5 bits. With S the 24 bits of s: |X 2**e - S (m 2**20 +-
+    1)| <= 8, X of 11 bits, e >= 36. So S = c 2**20 + t with |t| <= 8 and t m +- c = 0, which leaves S = 2**24 - 1 and X a power
+    of two alone; there q is right (tried). A quotient beyond 2**59 may come out smaller."""
     if _NO_FMA:
         return tl.div_rn(x, s)
     else:
