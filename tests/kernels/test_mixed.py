@@ -340,11 +340,10 @@ def test_what_was_measured_decides_and_the_rule_without_it(scheme, monkeypatch):
         rule = mixed._tiling(one, 2048)
         assert rule is not None
     configs = mixed._candidates(case, 2048)
-    assert {"how": "decode"} in configs
+    assert {"decoded_rows": 1024} in configs
     for config in configs:
         with tuned.forced("mixed", config):
-            tiling = mixed._tiling(one, 2048)
-            assert config == (dataclasses.asdict(tiling) if tiling else {"how": "decode"})
+            assert config == dataclasses.asdict(mixed._tiling(one, 2048))
     with tuned.forced("mixed", {"knob": 1}):  # of another version
         assert mixed._tiling(one, 2048) == rule
 
