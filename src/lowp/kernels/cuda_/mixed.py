@@ -448,7 +448,8 @@ def _why_not(case: Case) -> str:
 def _how(case: Case) -> str:
     if _in_float8(case.scheme, case.shape):
         return native(case, f"{decoded(case, 'in registers', 'e4m3')}, float8 tensor cores")
-    least = decoded_from(_numbers(case.scheme, case.shape, getattr(torch, case.dtype)))
+    rows, columns = case.shape
+    least = decoded_from(rows, columns, _numbers(case.scheme, case.shape, getattr(torch, case.dtype)))
     many = f"; from {least} tokens on once, to at most {WORKSPACE >> 20} MiB, for cuBLAS" if least else ""
     return with_activation(case, f"{decoded(case, 'in registers')}, {float_units(case)}{many}")
 

@@ -67,20 +67,26 @@ class Decoded:
 WORKSPACE = 256 << 20  # bytes of decoded rows, at most: less is slower from 64 MB down, more is only memory
 
 
+_RESIDENT = 16 << 20  # bytes of a decoded weight that is read back from the L2 cache
+
+
 def by_decoding(rows: int, columns: int) -> Decoded:
     """The whole weight at once where it fits the workspace, else equal pieces that do, of whole tiles of 256 rows."""
     pieces = -(-rows * columns * 2 // WORKSPACE)
     return Decoded(decoded_rows=min(rows, -(-rows // pieces // 256) * 256))
 
 
-def decoded_from(numbers: dict[str, int]) -> int | None:
+def decoded_from(rows: int, columns: int, numbers: dict[str, int]) -> int | None:
     """From how many tokens on decoding first is the faster way; None: never, as far as was measured (an H200, to 4096 tokens).
 
-    cuBLAS is 1.02 to 1.2 times as fast as the product that decodes for every 256 tokens anew, the more the longer decoding takes;
-    a decoded weight costs about 0.5 ps a number, what cuBLAS does in 200 tokens.
+    cuBLAS is 1.02 to 1.2 times as fast as the product that decodes for every 256 tokens anew, more where decoding takes longer; a
+    decoded weight costs about 0.5 ps a number, what cuBLAS does in 200 tokens. One that stays in the L2 cache costs half of that,
+    and has few tiles, which cuBLAS shares out better.
     """
     if numbers["X_BITS"] == 8 or numbers["GROUP"] == 0:
         return None
+    if 2 * rows * columns <= _RESIDENT:
+        return 1024
     return 2048 if numbers["KIND"] == 1 else 8192
 
 
@@ -207,7 +213,7 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
 
 def plan(tokens: int, rows: int, columns: int, numbers: dict[str, int], processors: int) -> Tiling | Decoded:
     """What a batch runs by, by rule: a tiling, or decoding first."""
-    least = decoded_from(numbers)
+    least = decoded_from(rows, columns, numbers)
     if least is not None and tokens >= least:
         return by_decoding(rows, columns)
     return choose(tokens, rows, columns, numbers, processors) or by_decoding(rows, columns)
