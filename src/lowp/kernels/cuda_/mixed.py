@@ -7,8 +7,8 @@ multiply the codes, at twice the rate (`multiply8.cu`). Other activation formats
 meaning, with floats (`multiply16.cu`).
 
 What depends on the batch M is decided here: the tile (how many tokens, how many rows), over how many blocks the columns are
-split, and whether the weight is decoded once, to a workspace, and cuBLAS multiplies. `tiling.py` lists what may be chosen
-and chooses by rule; `lowp tune` measures instead.
+split, and whether the weight is decoded once, to a workspace of at most 256 MiB, and cuBLAS multiplies. `tiling.py` lists what
+may be chosen and chooses by rule; `lowp tune` measures instead.
 """
 
 from __future__ import annotations
@@ -306,13 +306,14 @@ def _multiply_decoded(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | N
         return F.linear(x_MK, decode(packed, spec, dtype), bias)
     y_MN = torch.empty((x_MK.shape[0], every), dtype=dtype, device=x_MK.device)
     workspace = torch.empty((rows, columns), dtype=dtype, device=x_MK.device)
-    for first in range(0, every, rows):
-        last = min(every, first + rows)
-        w_NK = decode(packed, spec, dtype, first, workspace[: last - first])
-        if bias is None:
-            torch.mm(x_MK, w_NK.t(), out=y_MN[:, first:last])
-        else:
-            torch.addmm(bias[first:last], x_MK, w_NK.t(), out=y_MN[:, first:last])
+    with torch.no_grad():  # as every other way here; what writes to `out` refuses to be asked for gradients
+        for first in range(0, every, rows):
+            last = min(every, first + rows)
+            w_NK = decode(packed, spec, dtype, first, workspace[: last - first])
+            if bias is None:
+                torch.mm(x_MK, w_NK.t(), out=y_MN[:, first:last])
+            else:
+                torch.addmm(bias[first:last], x_MK, w_NK.t(), out=y_MN[:, first:last])
     return y_MN
 
 

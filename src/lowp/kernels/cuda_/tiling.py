@@ -72,7 +72,8 @@ _RESIDENT = 16 << 20  # bytes of a decoded weight that is read back from the L2 
 
 def by_decoding(rows: int, columns: int) -> Decoded:
     """The whole weight at once where it fits the workspace, else equal pieces that do, of whole tiles of 256 rows."""
-    pieces = -(-rows * columns * 2 // WORKSPACE)
+    most = max(256, WORKSPACE // (2 * columns) // 256 * 256)
+    pieces = -(-rows // most)
     return Decoded(decoded_rows=min(rows, -(-rows // pieces // 256) * 256))
 
 
@@ -86,8 +87,8 @@ def decoded_from(rows: int, columns: int, numbers: dict[str, int]) -> int | None
     if numbers["X_BITS"] == 8 or numbers["GROUP"] == 0:
         return None
     if 2 * rows * columns <= _RESIDENT:
-        return 1024
-    return 2048 if numbers["KIND"] == 1 else 8192
+        return 512
+    return 2048 if numbers["KIND"] == 1 else 4096
 
 
 def _bytes(tiling: Tiling, numbers: dict[str, int]) -> tuple[int, int]:
