@@ -13,7 +13,18 @@ import torch
 from lowp.errors import KernelError
 from lowp.kernels import nvrtc
 from lowp.kernels.cuda_ import mixed
-from lowp.kernels.cuda_.tiling import Tiling, candidates, choose, estimate_us, shared_bytes
+from lowp.kernels.cuda_.tiling import (
+    WORKSPACE,
+    Decoded,
+    Tiling,
+    candidates,
+    choose,
+    decoded_from,
+    estimate_us,
+    plan,
+    shared_bytes,
+)
+from lowp.layouts import Spec
 from lowp.numerics import Parts, Scheme, dequantize, known_formats
 from lowp.numerics.compare import relative_error
 from lowp.ops import strict, tuned
@@ -99,6 +110,35 @@ def test_the_text_compiles_for_every_format(scheme, tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("*.cubin"))) == 6
 
 
+@pytest.mark.parametrize("shape", [(1024, 4096), (4096, 4096), (28672, 4096), (57344, 8192), (200, 1024)], ids=str)
+@pytest.mark.parametrize("scheme", ["int4/1x128*bf16", "e2m1/1x32*e8m0", "int8/row", "int4/1x128*bf16@e4m3/row"])
+def test_many_tokens_are_decoded_first_in_a_bounded_workspace(scheme, shape):
+    numbers = mixed._numbers(scheme, shape, torch.bfloat16)
+    least = decoded_from(*shape, numbers)
+    assert (least is None) == (scheme in ("int8/row", "int4/1x128*bf16@e4m3/row"))
+    for tokens in (1, 256, 511, 512, 2048, 4096, 100_000):
+        chosen = plan(tokens, *shape, numbers, 132)
+        assert isinstance(chosen, Decoded) == (least is not None and tokens >= least)
+        if isinstance(chosen, Decoded):
+            rows = chosen.decoded_rows
+            assert rows == shape[0] or rows % 256 == 0
+            assert 2 * rows * shape[1] <= WORKSPACE
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [64, 128, 192, 1000])
+def test_pieces_of_a_decoded_weight_are_the_whole_product(rows, bias, monkeypatch):
+    w_NK, x_MK, b = torch.randn(200, 96), torch.randn(7, 96), torch.randn(200) if bias else None
+
+    def decode(packed, spec, dtype, first=0, out=None):
+        return w_NK if out is None else out.copy_(w_NK[first : first + out.shape[0]])
+
+    monkeypatch.setattr(mixed, "decode", decode)
+    spec = Spec(scheme="int4/1x32", layout="fragments", shape=(200, 96))
+    y_MN = mixed._multiply_decoded(x_MK, {}, spec, b, rows)
+    assert torch.allclose(y_MN, torch.nn.functional.linear(x_MK, w_NK, b), atol=1e-5)
+
+
 def weight(scheme, n=320, k=1024, dtype=torch.bfloat16):
     return QTensor.quantize(torch.randn(n, k, device="cuda", dtype=dtype) * 0.05, scheme).to_layout("fragments")
 
@@ -126,7 +166,10 @@ def test_decoding_a_whole_weight(scheme, poison):
     values = dequantize(q.parts(), q.format)
     for dtype in (torch.bfloat16, torch.float16):
         # the element is exact; its scale and the product are rounded once each
-        assert relative_error(values, mixed.decode(q.packed, q.spec, dtype)) <= 1.5 * torch.finfo(dtype).eps
+        whole = mixed.decode(q.packed, q.spec, dtype)
+        assert relative_error(values, whole) <= 1.5 * torch.finfo(dtype).eps
+        piece = mixed.decode(q.packed, q.spec, dtype, 64, torch.empty_like(whole[64:200]))
+        assert torch.equal(piece, whole[64:200])
 
 
 def case_for(q, dtype=torch.bfloat16):
@@ -340,11 +383,10 @@ def test_what_was_measured_decides_and_the_rule_without_it(scheme, monkeypatch):
         rule = mixed._tiling(one, 2048)
         assert rule is not None
     configs = mixed._candidates(case, 2048)
-    assert {"how": "decode"} in configs
+    assert {"decoded_rows": 1024} in configs
     for config in configs:
         with tuned.forced("mixed", config):
-            tiling = mixed._tiling(one, 2048)
-            assert config == (dataclasses.asdict(tiling) if tiling else {"how": "decode"})
+            assert config == dataclasses.asdict(mixed._tiling(one, 2048))
     with tuned.forced("mixed", {"knob": 1}):  # of another version
         assert mixed._tiling(one, 2048) == rule
 

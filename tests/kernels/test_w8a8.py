@@ -82,6 +82,8 @@ def test_a_tiling_fits_the_chip_and_the_columns():
                     tiled = w8a8.tiling(tokens, rows, columns, sm, kind)
                     assert tiled.shared <= room * 1024
                     assert tiled.split == 1 or columns % (tiled.bk * tiled.split) == 0
+                    tiles = -(-tokens // tiled.bm) * -(-rows // tiled.bn)
+                    assert sm < 90 or not tiled.swap or tiled.split == 1 or tiles * tiled.split <= 2 * 132
                     assert kind != "blocks" or columns % 128 or tiled.bk == 128
 
 

@@ -7,7 +7,8 @@
 //     floats      sign, exponent and mantissa are moved to their places, and a power of two mends the bias: exact, subnormals too
 //     codebooks   two codes are an index into a table of pairs in shared memory, a copy for each lane
 //
-// then times the scale of the group, rounded once. The scale of a row waits for the sum.
+// then times the scale of the group, rounded once. Scales wait for the sum, where that is less work: those of a row or a tensor for
+// the whole of it (GROUP 0, DEFERRED), those of a group for its part of a few tokens (SPANNED).
 //
 // What is compiled in (-D): NPLANES PW0..PW2 (widths of bit planes, low bits first), KIND (0 integer, 1 small float, 2 codebook),
 // SIGNED, EBITS and EBIAS (of a float), GROUP (columns that share a scale; 0: a scale for each row, or one), SCALE (0 bf16, 1 fp16,
@@ -42,6 +43,7 @@ struct Params {
   int M, N, K;
   int scale_stride;           // GROUP 0: 1 for a scale a row, 0 for one of the tensor
   int nest;                   // SCALE 5: scales in a block of scale_scale
+  int first;                  // of a decoded weight: its first 64 rows that are asked for, which y begins with
 };
 
 constexpr int BITS = PW0 + PW1 + PW2;
@@ -55,6 +57,16 @@ constexpr int TABLE_BYTES = KIND == 2 ? 32768 : 0;
 constexpr int OUT_TOKENS = BM < 64 ? BM : 64;  // that a warpgroup writes at a time
 constexpr int OUT_PITCH = 64 + 8;              // 16-bit words between them in shared memory: no bank conflict
 constexpr int OUT_BYTES = OUT_TOKENS * OUT_PITCH * 2;
+#ifdef FROM_GLOBAL
+constexpr bool SUMS = false;  // a weight is decoded, nothing is summed
+#else
+constexpr bool SUMS = X_BITS == 16;
+#endif
+constexpr int UNIT_GROUPS = GROUP > 0 && GROUP < 64 ? 64 / GROUP : 1;  // groups of a unit
+// Sums of each group of columns, or of its 64, apart: BM / 2 products of float32 a lane instead of 16 of pairs of weights a unit.
+constexpr bool SPANNED = SUMS && (GROUP == 32 || (GROUP > 0 && GROUP % 64 == 0)) && ZERO <= 2 && UNIT_GROUPS * BM <= 16;
+// The scale of the tensor behind the scales of groups multiplies the sum. Codes of 4 bits times scales in e4m3 are then exact.
+constexpr bool DEFERRED = SUMS && SCALE == 4 && ZERO == 0 && (!F16 || BITS <= 6);
 
 // -- instructions -------------------------------------------------------------------------------------------------------
 
@@ -114,6 +126,12 @@ DEVICE u32 pack_two(float low, float high) {
 DEVICE float from_half(u16 h) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(h)); return r; }
 DEVICE float from_bf16(u16 h) { return __int_as_float((u32)h << 16); }
 DEVICE float to_float(u16 h) { return F16 ? from_half(h) : from_bf16(h); }
+
+// What computes with these registers stays on its side of this line: the compiler does not know that a wait changes sums.
+template <int N> DEVICE void hold(float (&v)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) asm volatile("" : "+f"(v[i])::"memory");
+}
 
 #if F16
 #define TYPE2 "f16x2"
@@ -183,8 +201,8 @@ DEVICE u32 pair_bits(const Codes& codes, int pair, int to, u32 with) {
   return bits;
 }
 
-// What a group of columns brings for the rows g and g + 8 of a lane, twice in each word.
-struct Rows { u32 scale[2], zero[2]; };
+// What a group of columns brings for the rows g and g + 8 of a lane: twice in each word; SPANNED: the scale as a float.
+struct Rows { u32 scale[2], zero[2]; float by[2]; };
 
 constexpr int MANTISSA = F16 ? 10 : 7, BIAS = F16 ? 15 : 127, TYPE_EBITS = F16 ? 5 : 8;
 constexpr u32 MAGIC = F16 ? 0x6400 : 0x4300;  // 1024 or 128: the code is the low bits of the mantissa
@@ -192,6 +210,8 @@ DEVICE constexpr u32 twice_of(u32 h) { return h | h << 16; }
 constexpr int HALF_RANGE = SIGNED ? 1 << (BITS - 1) : 0;
 // 2^n in the type of y, as bits
 DEVICE constexpr u32 power(int n) { return (u32)(n + BIAS) << MANTISSA; }
+// What mends the bias of a small float rides on its scale, as far as 448 * 2^118 is finite in bf16; the rest on the sum.
+constexpr int LIFT = DEFERRED && !SPANNED && KIND == 1 && !F16 ? (BIAS - EBIAS < 118 ? BIAS - EBIAS : 118) : 0;
 // a whole number below 2048 (fp16) or 256 (bf16), as bits
 DEVICE constexpr u32 whole(int n) {
   int exponent = 0;
@@ -216,7 +236,12 @@ template <int PAIR> DEVICE u32 decode_pair(const Codes& codes, const Rows& rows,
     // Sign to bit 15; exponent and mantissa to where the wider float has them; then the bias, exact for subnormals too.
     constexpr int DOWN = TYPE_EBITS - EBITS;
     constexpr u32 MAGNITUDE = ((1u << (BITS - 1)) - 1) << (16 - BITS) >> DOWN;
-    if constexpr (NPLANES == 1) {
+    if constexpr (NPLANES == 1 && BITS == 4 && DOWN >= BITS) {
+      // One product makes both copies of a code, that of the sign and that of the magnitude: they do not overlap.
+      constexpr int AT = 4 * (PAIR % 2), UP = 16 - BITS - AT;
+      const u32 word = codes.word[PAIR / 4] >> 8 * (PAIR / 2 % 2);
+      v = (word & twice_of(15u << AT)) * (1u << UP | 1u << (UP - DOWN)) & twice_of(MAGNITUDE | 0x8000u);
+    } else if constexpr (NPLANES == 1) {
       constexpr int SLOTS = 16 / BITS, AT = BITS * (PAIR % SLOTS);
       const u32 word = codes.word[PAIR / SLOTS];
       v = (shift_right(word, AT + BITS - 16 + DOWN) & twice_of(MAGNITUDE)) | (shift_right(word, AT + BITS - 16) & 0x80008000u);
@@ -224,7 +249,7 @@ template <int PAIR> DEVICE u32 decode_pair(const Codes& codes, const Rows& rows,
       const u32 top = pair_bits(codes, PAIR, 16 - BITS, 0);
       v = (top >> DOWN & twice_of(MAGNITUDE)) | (top & 0x80008000u);
     }
-    if constexpr (BIAS != EBIAS) v = mul2(v, twice_of(power(BIAS - EBIAS)));
+    if constexpr (BIAS != EBIAS && LIFT == 0) v = mul2(v, twice_of(power(BIAS - EBIAS)));
   } else if constexpr (BITS == 8 && !F16) {
     // bf16 has 7 bits of mantissa. The eighth is the lowest of the exponent: (128 + low bits) - (128 or 256).
     const u32 x = shift_right(codes.word[PAIR / 2], 8 * (PAIR % 2));
@@ -236,7 +261,7 @@ template <int PAIR> DEVICE u32 decode_pair(const Codes& codes, const Rows& rows,
     if constexpr (ZERO == 1 || ZERO == 2) v = sub2(v, rows.zero[r]);
     else v = sub2(v, twice_of(whole((F16 ? 1024 : 128) + HALF_RANGE)));
   }
-  if constexpr (GROUP == 0) return v;
+  if constexpr (GROUP == 0 || SPANNED) return v;
   if constexpr (ZERO > 2) return fma2(v, rows.scale[r], rows.zero[r]);
   return mul2(v, rows.scale[r]);
 }
@@ -262,13 +287,15 @@ DEVICE float e4m3_to_float(u32 code) {
   return from_half((u16)two);
 }
 
+DEVICE float scale_of_scales(const Params& p) { return p.scale_scale == nullptr ? 1.0f : p.scale_scale[0]; }
+
 // A stored scale as a float. `index` counts scales in the order of (N, K / GROUP), for those that are quantized themselves.
 DEVICE float scale_value(u32 bits, const Params& p, int index) {
   if constexpr (SCALE == 0) return from_bf16((u16)bits);
   if constexpr (SCALE == 1) return from_half((u16)bits);
   if constexpr (SCALE == 2) return __int_as_float(bits);
   if constexpr (SCALE == 3) return __int_as_float(bits == 0 ? 0x00400000u : bits << 23);  // code 0 is 2^-127, a subnormal
-  if constexpr (SCALE == 4) return e4m3_to_float(bits) * (p.scale_scale == nullptr ? 1.0f : p.scale_scale[0]);
+  if constexpr (SCALE == 4) return e4m3_to_float(bits) * (DEFERRED ? 1.0f : scale_of_scales(p));
   const int block = min(index, p.N * (p.K / COLUMNS) - 1) / p.nest;
   return fmaxf(((float)(int)(signed char)bits - p.scale_zero[block]) * p.scale_scale[block], 1.17549435e-38f);
 }
@@ -283,13 +310,24 @@ DEVICE float zero_value(u32 bits) {
 
 DEVICE Rows load_rows(Address scales, Address zeros, int row, const Params& p, int index, int index_step) {
   Rows rows;
+  if constexpr (DEFERRED && !SPANNED) {  // both rows at a time
+    const u32 low = load_bits<1>(scales + row), high = load_bits<1>(scales + row + 8);
+    u32 two;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(two) : "h"((u16)(low | high << 8)));
+    if constexpr (!F16) two = pack_two(from_half((u16)two), from_half((u16)(two >> 16)));
+    if constexpr (LIFT > 0) two = mul2(two, twice_of(power(LIFT)));
+    rows.scale[0] = twice(two);
+    rows.scale[1] = __byte_perm(two, two, 0x3232);
+    return rows;
+  }
 #pragma unroll
   for (int r = 0; r < 2; r++) {
     const u32 bits = load_bits<SCALE_BYTES>(scales + (row + 8 * r) * SCALE_BYTES);
     const bool same = (SCALE == 0 && !F16) || (SCALE == 1 && F16);
     float value = 0.0f;
-    if constexpr (!same || ZERO > 2) value = scale_value(bits, p, index + 8 * r * index_step);
-    rows.scale[r] = same ? twice(bits) : pack_two(value, value);
+    if constexpr (!same || ZERO > 2 || SPANNED) value = scale_value(bits, p, index + 8 * r * index_step);
+    if constexpr (SPANNED) rows.by[r] = value;
+    else rows.scale[r] = same ? twice(bits) : pack_two(value, value);
     if constexpr (ZERO > 0) {
       const float zero = zero_value(load_bits<ZERO_BYTES>(zeros + (row + 8 * r) * ZERO_BYTES));
       // An integer zero point is exact and goes into what is subtracted; a float one becomes -zero * scale.
@@ -324,7 +362,9 @@ DEVICE Tile tile_at(int index, int row_tiles, int token_tiles) {
   return {within / height, first + within % height};
 }
 
+// What multiplies the sum of a row.
 DEVICE float row_scale(const Params& p, int n) {
+  if constexpr (DEFERRED && GROUP != 0) return scale_of_scales(p) * (LIFT > 0 ? (float)(1ull << (BIAS - EBIAS - LIFT)) : 1.0f);
   if constexpr (GROUP != 0) return 1.0f;
   return scale_value(load_row_scale(p, n), p, 0);
 }

@@ -7,8 +7,8 @@ multiply the codes, at twice the rate (`multiply8.cu`). Other activation formats
 meaning, with floats (`multiply16.cu`).
 
 What depends on the batch M is decided here: the tile (how many tokens, how many rows), over how many blocks the columns are
-split, and whether the weight is decoded once, to a workspace, and cuBLAS multiplies. `tiling.py` lists what may be chosen
-and chooses by rule; `lowp tune` measures instead.
+split, and whether the weight is decoded once, to a workspace of at most 256 MiB, and cuBLAS multiplies. `tiling.py` lists what
+may be chosen and chooses by rule; `lowp tune` measures instead.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from ...ops.how import decoded, float_units, native, with_activation
 from ...ops.linear import prescale
 from ...ops.registry import Case, Kernel
 from .. import nvrtc
-from .tiling import Tiling, candidates, choose, shared_bytes
+from .tiling import WORKSPACE, Decoded, Tiling, by_decoding, candidates, decoded_from, plan, shared_bytes
 
 _SCALES = {"bf16": 0, "fp16": 1, "fp32": 2, "e8m0": 3, "e4m3": 4}
 _ZEROS = {"int8": 1, "uint8": 2, "bf16": 3, "fp16": 4, "fp32": 5}
-_PARAMS = struct.Struct("128s11Q5i")  # as `Params` in fragments.cu
+_PARAMS = struct.Struct("128s11Q6i")  # as `Params` in fragments.cu
 _TENSORS = ("scale", "zero_point", "scale_scale", "scale_zero_point")
 _FOLDER = Path(__file__).parent
 
@@ -200,6 +200,7 @@ def _fill(
     partial: Tensor | None,
     left: Tensor | None,
     sizes: tuple[int, int, int],
+    first: int = 0,
 ) -> None:
     """Write the one argument of a kernel, `Params` in fragments.cu."""
     tensors = (packed["qdata"], *(packed.get(name) for name in _TENSORS), bias)
@@ -210,7 +211,7 @@ def _fill(
             )
     _PARAMS.pack_into(
         _LOCAL.arguments, 0, x_map, *map(_address, tensors), weight.table,
-        *map(_address, (x_scale, out, partial, left)), *sizes, weight.stride, weight.nest,
+        *map(_address, (x_scale, out, partial, left)), *sizes, weight.stride, weight.nest, first,
     )  # fmt: skip
 
 
@@ -284,39 +285,56 @@ def _unchanged(packed: Packed, dtype: torch.dtype) -> bool:
     return False
 
 
-def decode(packed: Packed, spec: Spec, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) in `dtype`."""
+def decode(packed: Packed, spec: Spec, dtype: torch.dtype, first: int = 0, out: Tensor | None = None) -> Tensor:
+    """The weight (N, K) in `dtype`; or as many of its rows as `out` has, from `first` on, a multiple of 64."""
     rows, columns = spec.shape
     device = packed["qdata"].device
     weight = _weight(spec.scheme, spec.shape, dtype, device)
     function = _decoder(weight.key, device.index)
-    w_NK = torch.empty((rows, columns), dtype=dtype, device=device)
-    tiles = -(-rows // UNIT)
+    w_NK = torch.empty((rows, columns), dtype=dtype, device=device) if out is None else out
+    tiles = -(-w_NK.shape[0] // UNIT)
     pieces = min(columns // UNIT, max(1, -(-weight.processors * 16 // tiles)))
-    _fill(bytes(128), packed, weight, None, None, w_NK, None, None, (0, rows, columns))
-    function.launch((tiles, pieces), _LOCAL.arguments, torch._C._cuda_getCurrentRawStream(device.index))
+    _fill(bytes(128), packed, weight, None, None, w_NK, None, None, (0, first + w_NK.shape[0], columns), first // UNIT)
+    function.launch((tiles, pieces), _LOCAL.arguments, torch._C._cuda_getCurrentRawStream(device.index), early=True)
     return w_NK
 
 
+def _multiply_decoded(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None, rows: int) -> Tensor:
+    """Decode so many rows at a time to a workspace and let cuBLAS multiply."""
+    (every, columns), dtype = spec.shape, x_MK.dtype
+    if rows >= every:
+        return F.linear(x_MK, decode(packed, spec, dtype), bias)
+    y_MN = torch.empty((x_MK.shape[0], every), dtype=dtype, device=x_MK.device)
+    workspace = torch.empty((rows, columns), dtype=dtype, device=x_MK.device)
+    with torch.no_grad():  # as every other way here; what writes to `out` refuses to be asked for gradients
+        for first in range(0, every, rows):
+            last = min(every, first + rows)
+            w_NK = decode(packed, spec, dtype, first, workspace[: last - first])
+            if bias is None:
+                torch.mm(x_MK, w_NK.t(), out=y_MN[:, first:last])
+            else:
+                torch.addmm(bias[first:last], x_MK, w_NK.t(), out=y_MN[:, first:last])
+    return y_MN
+
+
 @tuned.kept
-def _tiling(weight: _Weight, tokens: int) -> Tiling | None:
-    """What a batch runs by, what was measured or else the rule's; None: decode first, then cuBLAS."""
+def _tiling(weight: _Weight, tokens: int) -> Tiling | Decoded:
+    """What a batch runs by, what was measured or else the rule's."""
     measured = tuned.choice("mixed", tuned.key_of(weight.scheme, weight.dtype, weight.shape, tokens))
-    if measured == _DECODE:
-        return None
+    if decoded := tuned.record_of(Decoded, measured):
+        return decoded
     tiling = tuned.record_of(Tiling, measured)
     if tiling in candidates(tokens, weight.shape[1], weight.numbers):  # another version may have had others
         return tiling
-    return choose(tokens, *weight.shape, weight.numbers, weight.processors)
-
-
-_DECODE = {"how": "decode"}
+    return plan(tokens, *weight.shape, weight.numbers, weight.processors)
 
 
 def _candidates(case: Case, tokens: int) -> list[dict[str, Any]]:
     """For `lowp tune`: every tiling, and decoding first."""
     numbers = _numbers(case.scheme, case.shape, getattr(torch, case.dtype))
-    return [*(dataclasses.asdict(one) for one in candidates(tokens, case.shape[1], numbers)), _DECODE]
+    rows, columns = case.shape
+    found: list[Tiling | Decoded] = [*candidates(tokens, columns, numbers), by_decoding(rows, columns)]
+    return [dataclasses.asdict(one) for one in found]
 
 
 def _in_float8(scheme: str, shape: tuple[int, ...]) -> bool:
@@ -352,8 +370,8 @@ def _linear(x_MK: Tensor, packed: Packed, spec: Spec, bias: Tensor | None) -> Te
         tiling = _tiling(weight, tokens)
         if bias is not None and (bias.dtype is not dtype or not bias.is_contiguous()):
             bias = bias.to(dtype).contiguous()
-        if tiling is None:
-            return F.linear(_floats(x_MK, packed, weight), decode(packed, spec, dtype), bias)
+        if isinstance(tiling, Decoded):
+            return _multiply_decoded(_floats(x_MK, packed, weight), packed, spec, bias, tiling.decoded_rows)
         return product(x_MK if weight.float8 else _floats(x_MK, packed, weight), packed, spec, bias, tiling)
 
 
@@ -431,7 +449,10 @@ def _why_not(case: Case) -> str:
 def _how(case: Case) -> str:
     if _in_float8(case.scheme, case.shape):
         return native(case, f"{decoded(case, 'in registers', 'e4m3')}, float8 tensor cores")
-    return with_activation(case, f"{decoded(case, 'in registers')}, {float_units(case)}")
+    rows, columns = case.shape
+    least = decoded_from(rows, columns, _numbers(case.scheme, case.shape, getattr(torch, case.dtype)))
+    many = f"; from {least} tokens on once, to at most {WORKSPACE >> 20} MiB, for cuBLAS" if least else ""
+    return with_activation(case, f"{decoded(case, 'in registers')}, {float_units(case)}{many}")
 
 
 def _cases() -> tuple[str, ...]:

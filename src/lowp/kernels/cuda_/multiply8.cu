@@ -58,12 +58,7 @@ template <int HALF> DEVICE void decode_half(u32 (&a)[4], const Codes& codes) {
   a[3] = decode_four<2 * HALF + 1, 1>(codes);
 }
 
-// What computes with these registers stays on its side of this line. The compiler does not know that a wait changes sums, and would
-// decode between two instructions of a span, where the tensor cores must not be kept waiting.
-template <int N> DEVICE void hold(float (&v)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) asm volatile("" : "+f"(v[i])::"memory");
-}
+// As `hold` of sums: the compiler would decode between two instructions of a span, where the tensor cores must not be kept waiting.
 DEVICE void hold(u32 (&a)[4]) { asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory"); }
 
 // The cast wrote these scales a moment ago: they are read past the L1 cache, which another kernel may have filled before.

@@ -57,6 +57,40 @@ class Tiling:
         return tiles * self.split if self.split > 1 else min(tiles, processors * self.blocks)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """The weight is decoded first, to a workspace, so many rows at a time (a multiple of 64), and cuBLAS multiplies."""
+
+    decoded_rows: int
+
+
+WORKSPACE = 256 << 20  # bytes of decoded rows, at most: less is slower from 64 MB down, more is only memory
+
+
+_RESIDENT = 16 << 20  # bytes of a decoded weight that is read back from the L2 cache
+
+
+def by_decoding(rows: int, columns: int) -> Decoded:
+    """The whole weight at once where it fits the workspace, else equal pieces that do, of whole tiles of 256 rows."""
+    most = max(256, WORKSPACE // (2 * columns) // 256 * 256)
+    pieces = -(-rows // most)
+    return Decoded(decoded_rows=min(rows, -(-rows // pieces // 256) * 256))
+
+
+def decoded_from(rows: int, columns: int, numbers: dict[str, int]) -> int | None:
+    """From how many tokens on decoding first is the faster way; None: never, as far as was measured (an H200, to 4096 tokens).
+
+    cuBLAS is 1.02 to 1.2 times as fast as the product that decodes for every 256 tokens anew, more where decoding takes longer; a
+    decoded weight costs about 0.5 ps a number, what cuBLAS does in 200 tokens. One that stays in the L2 cache costs half of that,
+    and has few tiles, which cuBLAS shares out better.
+    """
+    if numbers["X_BITS"] == 8 or numbers["GROUP"] == 0:
+        return None
+    if 2 * rows * columns <= _RESIDENT:
+        return 512
+    return 2048 if numbers["KIND"] == 1 else 4096
+
+
 def _bytes(tiling: Tiling, numbers: dict[str, int]) -> tuple[int, int]:
     """Dynamic shared memory of a block: of one stage, and of all else. As the constants of product.cu."""
     bits, group = numbers["PW0"] + numbers["PW1"] + numbers["PW2"], numbers["GROUP"]
@@ -159,9 +193,10 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
         wgs = 2
     elif many:
         mt, wgs = (2, 2) if bm == 64 and units >= 3.3 * processors else (1, 2)
-    elif few and bits <= 4:  # a block of 128 rows reads x half as often
+    elif bits <= 4 and (few or (bm == 16 and chunks < 128)):  # a block of 128 rows reads x half as often
         most_units = 1.1 if float8 and chunks >= 128 else 0.62
         mt = 2 if 0.3 * processors <= units <= most_units * processors else 1
+        wgs = 2 if few and not float8 and mt == 1 and 0.62 * processors < units <= 0.9 * processors else 1
     suited = [one for one in found if (one.bm, one.mt, one.wgs) == (bm, mt, wgs)] or found
     resident = processors * wgs * max(one.blocks for one in suited)  # in blocks of 64 rows
     most = min(8, resident // units)
@@ -173,8 +208,16 @@ def choose(tokens: int, rows: int, columns: int, numbers: dict[str, int], proces
     if many:
         split = 2 if units <= 2 * processors else 1
     elif mt == 2:
-        split = min(8, 2 * split)
+        split = min(8 if few else 4, 2 * split)
     return min(suited, key=lambda one: abs(one.split - split))
+
+
+def plan(tokens: int, rows: int, columns: int, numbers: dict[str, int], processors: int) -> Tiling | Decoded:
+    """What a batch runs by, by rule: a tiling, or decoding first."""
+    least = decoded_from(rows, columns, numbers)
+    if least is not None and tokens >= least:
+        return by_decoding(rows, columns)
+    return choose(tokens, rows, columns, numbers, processors) or by_decoding(rows, columns)
 
 
 @dataclass(frozen=True, kw_only=True)

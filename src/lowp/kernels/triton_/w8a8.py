@@ -67,9 +67,11 @@ def _product_kernel(
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     k = part * STEPS * BK + tl.arange(0, BK)
-    # Rows beyond the end repeat the last one; they are not stored.
+    # Rows beyond the end repeat the last one; they are not stored. Tokens beyond the end are not read: many programs would ask
+    # for the last again and again, which is one place in the L2 cache.
     n_in = tl.minimum(n, N - 1)
     m_in = tl.minimum(m, M if ONES else M - 1)
+    real = m < (M + 1 if ONES else M)
 
     if SWAP:
         acc = tl.zeros((BN, BM), dtype=SUM)
@@ -81,7 +83,10 @@ def _product_kernel(
         w_at = w_ptr + n_in[None, :].to(tl.int64) * K + k[:, None]
     for step in range(STEPS):
         if WHOLE:
-            x = tl.load(x_at)
+            if SWAP:
+                x = tl.load(x_at, mask=real[None, :], other=0.0)
+            else:
+                x = tl.load(x_at, mask=real[:, None], other=0.0)
             w = tl.load(w_at)
         else:
             inside = (step * BK + k) < K
@@ -226,7 +231,8 @@ def by_torch(tokens: int, rows: int, columns: int, sm: int, kind: str, dtype: to
         kind == "int8"
     ):  # torch's int32 sums and a pass to scale them took 1.4 times as long as one launch of ours, on an H100
         return sm < 90 and tokens > 256
-    return kind == "blocks" or sm < 90 or _tiles(tokens, rows, 64) > _PROCESSORS.get(sm, 132)
+    many = (2 if columns <= 8192 else 1) * _PROCESSORS.get(sm, 132)  # tiles, of which a processor holds two
+    return kind == "blocks" or sm < 90 or _tiles(tokens, rows, 64) > many
 
 
 def _tiles(tokens: int, rows: int, side: int) -> int:
@@ -238,7 +244,10 @@ def _tiles(tokens: int, rows: int, side: int) -> int:
 def tiling(tokens: int, rows: int, columns: int, sm: int, kind: str) -> Tiling:
     """Triton's tiling, by rule: few tokens, much of the weight in flight; many, the largest tiles that keep the GPU busy."""
     processors = _PROCESSORS.get(sm, 132)
-    if tokens <= 64 or (sm >= 90 and _tiles(tokens, rows, 64) <= 2 * processors):
+    few = _few(tokens, rows, 2 * processors) if sm >= 90 and kind != "blocks" else None
+    if few:
+        made = few
+    elif tokens <= 64 or (sm >= 90 and _tiles(tokens, rows, 64) <= 2 * processors):
         bm = min(64, max(16, triton.next_power_of_2(tokens)))
         narrow = kind == "blocks" or bm == 64  # two programs fit a processor
         made = Tiling(bm=bm, bn=64, bk=128 if narrow else 256, stages=6 if narrow else 4)
@@ -253,6 +262,16 @@ def tiling(tokens: int, rows: int, columns: int, sm: int, kind: str) -> Tiling:
     return fit(made, tokens, rows, columns, sm)
 
 
+def _few(tokens: int, rows: int, programs: int) -> Tiling | None:
+    """The smallest tile of which so many programs make up the product, by two or more for each tile at best; None: no tile is so
+    large. It is the time of one program that counts then."""
+    for bm, least in ((16, 2), (32, 2), (32, 1), (64, 1)):
+        tiles = -(-tokens // bm) * -(-rows // 64)
+        if bm <= max(16, triton.next_power_of_2(tokens)) and least * tiles <= programs:
+            return Tiling(bm=bm, bn=64, bk=128 if bm == 64 else 256, stages=6 if bm == 64 else 4)
+    return None
+
+
 def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
     """The tiling made to fit K and the shared memory; the columns of small tiles are shared out where that ends sooner."""
     bk = made.bk
@@ -264,6 +283,10 @@ def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
         stages -= 1
     made = replace(made, bk=bk, stages=stages)
     tiles, steps = -(-tokens // made.bm) * -(-rows // made.bn), columns // bk
+    if sm >= 90 and made.swap:  # as many programs as work at once, two to a processor: measured on an H200
+        most = 2 * _PROCESSORS.get(sm, 132) // tiles if columns % bk == 0 else 1
+        fitting = [split for split in range(1, 17) if split <= most and steps % split == 0 and steps // split >= 4]
+        return replace(made, split=max(fitting, default=1))
     resident = max(1, min(room // made.shared, 16 // made.warps, 4))
     slots = _PROCESSORS.get(sm, 132) * resident
     # The program that adds holds its own sums and those of another.
@@ -280,7 +303,8 @@ def fit(made: Tiling, tokens: int, rows: int, columns: int, sm: int) -> Tiling:
 
 
 _SHAPES = (  # bm, bn, bk, swap, warps, stages
-    (16, 64, 256, True, 4, 4), (16, 64, 128, True, 4, 6), (32, 64, 128, True, 4, 6), (64, 64, 128, True, 4, 6),
+    (16, 64, 256, True, 4, 4), (16, 64, 128, True, 4, 6), (32, 64, 256, True, 4, 4), (32, 64, 128, True, 4, 6),
+    (64, 64, 128, True, 4, 6), (64, 32, 256, False, 4, 4), (64, 32, 128, False, 4, 6), (128, 64, 128, False, 4, 4),
     (64, 128, 128, False, 4, 4), (128, 128, 128, False, 4, 4), (128, 128, 128, False, 8, 4), (128, 256, 128, False, 8, 4),
 )  # fmt: skip
 
