@@ -162,6 +162,24 @@ def test_a_gradient_reaches_x_and_inference_mode_runs(scheme, tokens):
         assert torch.equal(nn.functional.linear(x, q), y)
 
 
+@pytest.mark.parametrize("scheme", [one for one in planes._cases() if planes._multiplies_codes(Scheme.parse(one))])
+def test_products_of_codes_are_the_same_bits_on_every_instruction_set(scheme):
+    """Sums of integers are exact, and what follows is added in one order."""
+    q, batches = drawn(scheme, (50, 1024)), [torch.randn(tokens, 1024) for tokens in (1, 3, 8, 40)]
+    try:
+        results = []
+        for name in SETS:
+            try:
+                library.use(name)
+            except lowp.LowpError:
+                continue
+            results.append([LINEAR.run(x, q.packed, q.spec, None) for x in batches])
+    finally:
+        library.use()
+    for other in results[1:]:
+        assert all(torch.equal(y, expected) for y, expected in zip(other, results[0], strict=True))
+
+
 def test_sums_of_many_large_products_do_not_overflow(instructions):
     for scheme in ("int8/row@int8/row", "uint8/row+uint8@int8/row", "int7/row@int8/row+int8"):
         q = QTensor.quantize(torch.full((17, 28672), 1.0), scheme).to_layout("planes")
@@ -246,6 +264,8 @@ def test_arguments_that_do_not_go_together_are_errors():
     error("sums of rows of 48 numbers", sums=sums[:2])
     error("zero point of 96 numbers", weight=[*weight[:2], weight[2][:1], *weight[3:]])
     error("static scale of 1 numbers", act_scale=torch.rand(3))
+    error("scales in float32, bfloat16", weight=[weight[0], weight[1].double(), *weight[2:]])
+    error("zero points in float32, bfloat16", weight=[*weight[:2], weight[2].long(), *weight[3:]])
     stack = drawn("int4/1x32*bf16", (3, 48, 128))
     told = planes._told(stack.scheme, (3, 48, 128))
     for offs in (torch.tensor([1, 3]), torch.tensor([1, 2, 3])):
