@@ -16,7 +16,7 @@ after the threads in `what`).
 Peers: torch's bf16 linear, the same with oneDNN's packed weight, torch's own int4 and int8 products, oneDNN's int8 linear with a
 prepacked weight (its activation has one scale for all tokens), torchao's eager tensors where torchao is installed, and ggml's at
 the same bits. ggml quantizes the activation by 32 columns, for its K types by 256: so do the schemes beside it ("@int8/1x256").
-Weight-only rows multiply bf16 by what was stored. "a read" (`--roof`) reads the same tensors with as many threads and does nothing
+Weight-only rows multiply bf16 by what was stored. "a read" (`--roof`) reads the same tensors with as many threads, nothing
 else (memory_read.cpp; wants g++), the faster of two ways: its time over ours is the share of the memory's speed.
 """
 
