@@ -16,7 +16,7 @@ bin := $(VENV)/bin
 ready := $(VENV)/.lowp-ready
 
 GUESTS := guest-executorch guest-torchtune guest-vllm
-.PHONY: help env guests $(GUESTS) demo test lint format cpp cpp-arm clean
+.PHONY: help env guests $(GUESTS) demo test lint format cpp cpp-arm python-arm clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,8 @@ help:
 	@echo 'make format  let ruff mend what it can'
 	@echo 'make cpp     the CPU kernels without torch: under the sanitizers, and as ARM under an emulator'
 	@echo 'make cpp-arm the ARM half of it alone'
+	@echo 'make python-arm'
+	@echo '             the tests of the CPU operators in Python as ARM (tests/arm.sh): minutes to hours of emulation'
 	@echo 'make clean   remove .venv, .guests, caches and builds'
 
 env: $(ready)
@@ -100,6 +102,9 @@ cpp-arm:
 	qemu-aarch64-static -cpu cortex-a72 build/arm/test_products neon; \
 	qemu-aarch64-static -cpu neoverse-n1 build/arm/test_products neondot; \
 	qemu-aarch64-static -cpu max build/arm/test_products neoni8mm
+
+python-arm:
+	tests/arm.sh build/python-arm
 
 format: env
 	$(bin)/ruff check --fix-only .

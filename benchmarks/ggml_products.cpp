@@ -1,9 +1,10 @@
 // ggml's matrix product beside ours: the median time of mul_mat of a quantized weight with float32 activations.
 //
 //     g++ -O2 -std=c++17 benchmarks/ggml_products.cpp -I GGML/include -L BUILD/src -lggml -lggml-base -lggml-cpu -o ggml_products
-//     ggml_products TYPE N K M THREADS      prints: TYPE N K M THREADS bytes_of_weight median_seconds
+//     ggml_products TYPE N K M THREADS      prints the bytes of the weight, then for each line of input, a number of seconds,
+//                                           computes for so long and prints what each product took, in seconds, on one line
 //
-// The weight is laid out as llama.cpp lays it out (in the repacked buffer where the type has one); copies of it that together are
+// So its turns and another process's can alternate. The weight is laid out as llama.cpp lays it out (in the repacked buffer where the type has one); copies of it that together are
 // larger than the caches take turns. With one thread processor time is measured, else wall time.
 #include <algorithm>
 #include <chrono>
@@ -74,14 +75,19 @@ int main(int, char** arg) {
     ggml_backend_alloc_ctx_tensors(c, backend);
     graphs.push_back(graph);
   }
-  std::vector<double> times;
-  const double until = now(false) + 1.0;
-  for (size_t i = 0; now(false) < until || times.size() < 9; i++) {
-    const double start = now(threads == 1);
-    ggml_backend_graph_compute(backend, graphs[i % graphs.size()]);
-    times.push_back(now(threads == 1) - start);
+  ggml_backend_graph_compute(backend, graphs[0]);
+  std::printf("%zu\n", bytes);
+  std::fflush(stdout);
+  size_t turn = 0;
+  for (double seconds; std::scanf("%lf", &seconds) == 1;) {
+    const double until = now(false) + seconds;
+    do {
+      const double start = now(threads == 1);
+      ggml_backend_graph_compute(backend, graphs[turn++ % graphs.size()]);
+      std::printf("%.9f ", now(threads == 1) - start);
+    } while (now(false) < until);
+    std::printf("\n");
+    std::fflush(stdout);
   }
-  std::sort(times.begin(), times.end());
-  std::printf("%s %lld %lld %lld %d %zu %.9f\n", arg[1], static_cast<long long>(n), static_cast<long long>(k), static_cast<long long>(m), threads, bytes, times[times.size() / 2]);
   return 0;
 }

@@ -3,6 +3,9 @@ views, and what torch asks of an operator. (The registry's own tests run every s
 
 import pathlib
 import random
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -162,6 +165,24 @@ def test_a_gradient_reaches_x_and_inference_mode_runs(scheme, tokens):
         assert torch.equal(nn.functional.linear(x, q), y)
 
 
+@pytest.mark.parametrize("scheme", [one for one in planes._cases() if planes._multiplies_codes(Scheme.parse(one))])
+def test_products_of_codes_are_the_same_bits_on_every_instruction_set(scheme):
+    """Sums of integers are exact, and what follows is added in one order."""
+    q, batches = drawn(scheme, (50, 1024)), [torch.randn(tokens, 1024) for tokens in (1, 3, 8, 40)]
+    try:
+        results = []
+        for name in SETS:
+            try:
+                library.use(name)
+            except lowp.LowpError:
+                continue
+            results.append([LINEAR.run(x, q.packed, q.spec, None) for x in batches])
+    finally:
+        library.use()
+    for other in results[1:]:
+        assert all(torch.equal(y, expected) for y, expected in zip(other, results[0], strict=True))
+
+
 def test_sums_of_many_large_products_do_not_overflow(instructions):
     for scheme in ("int8/row@int8/row", "uint8/row+uint8@int8/row", "int7/row@int8/row+int8"):
         q = QTensor.quantize(torch.full((17, 28672), 1.0), scheme).to_layout("planes")
@@ -246,6 +267,8 @@ def test_arguments_that_do_not_go_together_are_errors():
     error("sums of rows of 48 numbers", sums=sums[:2])
     error("zero point of 96 numbers", weight=[*weight[:2], weight[2][:1], *weight[3:]])
     error("static scale of 1 numbers", act_scale=torch.rand(3))
+    error("scales in float32, bfloat16", weight=[weight[0], weight[1].double(), *weight[2:]])
+    error("zero points in float32, bfloat16", weight=[*weight[:2], weight[2].long(), *weight[3:]])
     stack = drawn("int4/1x32*bf16", (3, 48, 128))
     told = planes._told(stack.scheme, (3, 48, 128))
     for offs in (torch.tensor([1, 3]), torch.tensor([1, 2, 3])):
@@ -298,3 +321,61 @@ def test_no_dtype_of_x_falls_to_a_slower_way(scheme):
     for dtype in ("bfloat16", "float16", "float32"):
         case = Case(op="linear", scheme=scheme, layout="planes", device="cpu", dtype=dtype, shape=(256, 1024))
         assert pick(case).name == "planes"
+
+
+def test_a_frozen_compiled_model_still_holds_codes():
+    """Freezing folds what is computed from weights alone; the product takes x, so nothing of it can be."""
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, 32, bias=False)).to(torch.bfloat16).eval()
+    lowp.quantize_(model, {"*": "int4/1x32*bf16"})
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    with torch.no_grad(), config.patch(freezing=True):
+        y, (code, *_) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+        assert torch.equal(y, model(x))
+    assert "planes_linear" in code and "mkldnn" not in code and "extern_kernels.mm" not in code
+
+
+def test_other_threads_run_meanwhile():
+    """The GIL is free during a product: a thread that counts goes on counting."""
+    q, x = drawn("int4/1x32*bf16", (1024, 1024)), torch.randn(2000, 1024)
+    counted, done = [0], threading.Event()
+
+    def count():
+        while not done.is_set():
+            counted[0] += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        steps = []
+        for _ in range(3):
+            before = counted[0]
+            LINEAR.run(x, q.packed, q.spec, None)
+            steps.append(counted[0] - before)
+    finally:
+        done.set()
+        thread.join()
+    assert max(steps) > 1000
+
+
+def test_without_the_library_everything_runs_and_explain_says_so():
+    """In a process of its own, which never had it."""
+    program = """
+import pathlib, torch
+from lowp.kernels.cpu import library
+library.PATH = pathlib.Path("/nowhere/lowp_cpu.so")
+import lowp
+from lowp.tensor import QTensor
+model = torch.nn.Sequential(torch.nn.Embedding(64, 64), torch.nn.Linear(64, 48))
+expected = model(torch.arange(9))
+report = lowp.quantize_(model, {"*": "int8/row@int8/row", "0": "int8/row"})
+assert (model(torch.arange(9)) - expected).norm() < 0.05 * expected.norm()
+assert all(row.kernel != "planes" for row in report.rows), report
+print(lowp.explain("linear", "int4/1x32*bf16", device="cpu"))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "install a C++ compiler (g++), then install lowp again" in " ".join(ran.stdout.split())

@@ -94,3 +94,18 @@ def test_unknown_layout_and_misfit():
         QTensor.quantize(torch.randn(64, 64), "int8/row", layout="int4pack_cpu")
     with pytest.raises(MisfitError, match="wants a cuda device"):
         QTensor.quantize(torch.randn(64, 128), "int4/1x128*bf16", layout="tinygemm")
+
+
+@pytest.mark.parametrize("spelling", ["int3/1x32*bf16", "int8/row", "nf4/1x64"])
+@pytest.mark.parametrize("shape", [(50, 64), (3, 40, 128)])
+def test_planes_are_packed_in_pieces_of_rows(spelling, shape, monkeypatch):
+    from lowp.layouts import planes
+
+    fmt, spec = Format.parse(spelling), Spec(scheme=spelling, layout="planes", shape=shape)
+    parts = quantize(torch.randn(shape), fmt)
+    whole = LAYOUTS["planes"].pack(parts, spec)
+    for at_once in (1, 3 * 16 * 2 * shape[-1]):
+        monkeypatch.setattr(planes, "_AT_ONCE", at_once)
+        pieces = LAYOUTS["planes"].pack(parts, spec)
+        assert all(torch.equal(raw(pieces[name]), raw(whole[name])) for name in whole)
+        assert same(LAYOUTS["planes"].unpack(pieces, spec), parts)

@@ -1,11 +1,13 @@
 """Packed weights on huge pages: the same numbers, in memory of their own that goes with the last tensor."""
 
 import gc
+import mmap
 import sys
 
 import pytest
 import torch
 
+from lowp.layouts import pages
 from lowp.layouts.pages import on_huge_pages
 from lowp.tensor import QTensor
 
@@ -35,6 +37,22 @@ def test_small_weights_stay() -> None:
     given = {"qdata": torch.zeros(HUGE - 64, dtype=torch.uint8)}
     assert on_huge_pages(given)["qdata"] is given["qdata"]
     given = {"qdata": torch.empty(HUGE, dtype=torch.uint8, device="meta")}
+    assert on_huge_pages(given)["qdata"] is given["qdata"]
+
+
+@pytest.mark.parametrize("refuses", ["madvise", "mmap"])
+def test_a_system_that_refuses_is_no_error(refuses: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel without huge pages (EINVAL), a limit on memory (ENOMEM)."""
+
+    class Refusing(mmap.mmap):
+        def madvise(self, *args: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    def nothing(*args: int, **kwargs: int) -> mmap.mmap:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pages.mmap, "mmap", Refusing if refuses == "madvise" else nothing)
+    given = {"qdata": torch.zeros(HUGE, dtype=torch.uint8)}
     assert on_huge_pages(given)["qdata"] is given["qdata"]
 
 

@@ -177,6 +177,15 @@ def test_save_and_load_with_weights_only(q, form):
     check(loaded.data if form == "parameter" else loaded, saved.dequantize())
 
 
+def test_modules_share_their_memory(q):
+    layer = nn.Linear(K, N, bias=False)
+    layer.weight = nn.Parameter(q, requires_grad=False)
+    assert not layer.weight.is_shared()
+    layer.share_memory()
+    assert layer.weight.is_shared() and all(tensor.is_shared() for tensor in layer.weight.packed.values())
+    check(layer.weight, q.dequantize())
+
+
 def test_state_dict_goes_round(q):
     one, two = nn.Linear(K, N, bias=False), nn.Linear(K, N, bias=False)
     one.weight = nn.Parameter(q, requires_grad=False)

@@ -7,7 +7,8 @@ that the hardware does ends at its edge. On pages of 2 MB a core reads a fifth t
 Linux gives them to fresh anonymous memory that asks (`madvise(MADV_HUGEPAGE)`; the setting "madvise" or "always" of
 `/sys/kernel/mm/transparent_hugepage/enabled`), where an aligned piece of 2 MB is mapped whole. So all tensors of a weight go into
 one mapping, side by side; each is a tensor with a storage of its own, and the memory goes when the last one does. Where there is
-nothing to gain (small weights, other devices, other systems) the tensors stay where they are.
+nothing to gain (small weights, other devices, other systems, a kernel without huge pages, a limit on memory that is reached) the
+tensors stay where they are.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ def _room(tensor: Tensor) -> int:
 
 
 def _mapping(size: int) -> tuple[mmap.mmap, int]:
-    """Fresh memory that holds `size` bytes from an edge of a huge page on, and where in it that edge is."""
+    """Fresh memory that holds `size` bytes from an edge of a huge page on, and where in it that edge is.
+
+    Raises:
+        OSError: the system has no such memory, or no huge pages.
+    """
     whole = mmap.mmap(-1, -(-size // _HUGE) * _HUGE + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -torch.frombuffer(whole, dtype=torch.uint8).data_ptr() % _HUGE
     pages = size // _HUGE + (size % _HUGE >= _WORTH)
@@ -49,7 +54,10 @@ def on_huge_pages(packed: Packed) -> Packed:
     plain = all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in packed.values())
     if _ADVICE is None or size < _HUGE or not plain:
         return packed
-    memory, place = _mapping(size)
+    try:
+        memory, place = _mapping(size)
+    except OSError:
+        return packed
     moved: Packed = {}
     for name, tensor in packed.items():
         moved[name] = tensor

@@ -31,6 +31,7 @@ from .tiled import by_group, cut_tiles, planes, tile_scales, untile_scales, why_
 
 ROWS, COLUMNS = 16, 32  # of a tile
 _QUADS = COLUMNS // 4
+_AT_ONCE = 1 << 23  # codes that are moved at a time: what that takes in between is some times their bytes
 
 
 def _flip(codes: Tensor, element: Element) -> Tensor:
@@ -38,7 +39,17 @@ def _flip(codes: Tensor, element: Element) -> Tensor:
     return codes ^ (1 << (element.bits - 1)) if element.kind == "int" and element.signed else codes
 
 
+def _rows_at_once(codes: Tensor, rows: int, unit: int) -> int:
+    """How many rows of each matrix together have so many codes, of `codes` with so many; a multiple of `unit`."""
+    return max(_AT_ONCE * rows // max(codes.numel(), 1) // unit, 1) * unit
+
+
 def _pack_codes(codes: Tensor, element: Element) -> Tensor:
+    pieces = codes.split(_rows_at_once(codes, codes.shape[-2], ROWS), dim=-2)
+    return torch.cat([_pack_piece(piece, element) for piece in pieces], dim=-3)
+
+
+def _pack_piece(codes: Tensor, element: Element) -> Tensor:
     padded = torch.nn.functional.pad(_flip(codes, element), (0, 0, 0, -codes.shape[-2] % ROWS))
     split = padded.unflatten(-1, (-1, _QUADS, 4)).unflatten(-4, (-1, ROWS))  # (..., n, 16, k, 8, 4)
     quads = split.movedim(-4, -2)  # (..., n, k, 8, 16, 4)
@@ -55,14 +66,18 @@ def _pack_codes(codes: Tensor, element: Element) -> Tensor:
 
 
 def _unpack_codes(qdata: Tensor, element: Element, rows: int) -> Tensor:
+    pieces = qdata.split(_rows_at_once(qdata, qdata.shape[-3], 1), dim=-3)
+    return torch.cat([_unpack_piece(piece, element) for piece in pieces], dim=-2)[..., :rows, :]
+
+
+def _unpack_piece(qdata: Tensor, element: Element) -> Tensor:
     quads, at, low = torch.zeros((), dtype=torch.uint8, device=qdata.device), 0, 0
     for width in planes(element.bits):
         lines = qdata[..., at : at + 64 * width].unflatten(-1, (width, ROWS, 4))
         parts = [(lines >> (width * part)) & (2**width - 1) if width < 8 else lines for part in range(8 // width)]
         quads = quads | torch.stack(parts, dim=-4).flatten(-4, -3) << low
         at, low = at + 64 * width, low + width
-    codes = quads.movedim(-2, -4).flatten(-3).flatten(-3, -2)[..., :rows, :]
-    return _flip(codes, element)
+    return _flip(quads.movedim(-2, -4).flatten(-3).flatten(-3, -2), element)
 
 
 def _wants_sums(spec: Spec) -> bool:

@@ -204,6 +204,16 @@ class QTensor(Tensor):
         """A QTensor of the same shape, with `function` applied to each packed tensor."""
         return self.like({name: function(tensor) for name, tensor in self.packed.items()})
 
+    def share_memory_(self) -> Self:
+        """Move the packed tensors to memory that other processes see, as `nn.Module.share_memory` asks of each parameter."""
+        for tensor in self.packed.values():
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes see the packed tensors."""
+        return all(tensor.is_shared() for tensor in self.packed.values())
+
     # -- what torch asks ----------------------------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:

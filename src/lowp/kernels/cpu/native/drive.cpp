@@ -100,10 +100,26 @@ int64_t segment_of(const Weight& w, const Activation& a, int64_t most) {
   throw std::invalid_argument("lowp's CPU products want groups of 16 or multiples of 32 columns.");
 }
 
+constexpr int64_t kPiece = 65536;  // bytes of a weight that a thread takes at least where x has few rows: worth waking it for
+
 struct Work {
   const Kernels* kernels;
   const Job* job;
   const Activation* a;
+  int64_t pieces = 0, length = 1;  // of work, and how many tiles or panels each has
+  std::atomic<int64_t> taken{0};
+
+  // What is left is taken in runs that grow shorter, half of a fair share each, until nothing is: long ones are read faster, and at the
+  // end a thread whose core is busy elsewhere has taken less, and nobody waits for it. `share` pieces would be this thread's.
+  template <class Run>
+  void drain(int64_t share, int64_t whole, Run run) {
+    for (int64_t first = taken.load(std::memory_order_relaxed); first < pieces;) {
+      const int64_t fair = (pieces - first) * share / pieces / 2, past = first + (fair > 1 ? fair : 1);
+      if (!taken.compare_exchange_weak(first, past, std::memory_order_relaxed)) continue;
+      run(first * length, past * length < whole ? past * length : whole);
+      first = taken.load(std::memory_order_relaxed);
+    }
+  }
 };
 
 void lay_out(Job& job) {
@@ -167,18 +183,20 @@ void linear(const Weight& w, const Activation& a, const Result& y, Parallel para
   };
   if (rows <= 8) {
     pack(0, 1, &work);
-    const int64_t grain = 65536 / job.w.tile_bytes() + 1;  // a thread is worth waking for 64 KB
-    parallel(0, job.w.tiles(), grain, [](int64_t begin, int64_t end, void* context) {
-      const Work& work = *static_cast<Work*>(context);
-      work.kernels->few(*work.job, begin, end);
+    work.length = kPiece / job.w.tile_bytes() + 1;
+    work.pieces = (job.w.tiles() + work.length - 1) / work.length;
+    parallel(0, work.pieces, 1, [](int64_t from, int64_t to, void* context) {
+      Work& work = *static_cast<Work*>(context);
+      work.drain(to - from, work.job->w.tiles(), [&](int64_t begin, int64_t end) { work.kernels->few(*work.job, begin, end); });
     }, &work);
     return;
   }
   parallel(0, job.blocks(), 8, pack, &work);
-  const int64_t panels = (job.w.tiles() + use.panel - 1) / use.panel;
-  parallel(0, panels, 1, [](int64_t begin, int64_t end, void* context) {
-    const Work& work = *static_cast<Work*>(context);
-    work.kernels->many(*work.job, begin, end, scratch.of(work.kernels->scratch(*work.job)));
+  work.pieces = (job.w.tiles() + use.panel - 1) / use.panel;
+  parallel(0, work.pieces, 1, [](int64_t from, int64_t to, void* context) {
+    Work& work = *static_cast<Work*>(context);
+    void* memory = scratch.of(work.kernels->scratch(*work.job));
+    work.drain(to - from, work.pieces, [&](int64_t begin, int64_t end) { work.kernels->many(*work.job, begin, end, memory); });
   }, &work);
 }
 

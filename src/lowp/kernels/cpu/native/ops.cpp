@@ -88,9 +88,13 @@ struct DTypes {
   int32_t fp32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(), fp16 = aoti_torch_dtype_float16();
   int32_t int8 = aoti_torch_dtype_int8(), uint8 = aoti_torch_dtype_uint8(), int32 = aoti_torch_dtype_int32();
   int32_t int64 = aoti_torch_dtype_int64(), e4m3 = aoti_torch_dtype_float8_e4m3fn(), cpu = aoti_torch_device_type_cpu();
-  Type type(int32_t dtype) const {
-    return dtype == fp32 ? Type::fp32 : dtype == bf16 ? Type::bf16 : dtype == fp16 ? Type::fp16 : dtype == int8 ? Type::int8
-         : dtype == uint8 ? Type::uint8 : dtype == int32 ? Type::int32 : dtype == e4m3 ? Type::e4m3 : Type::e8m0;
+  int32_t e8m0 = 44;  // c10::ScalarType::Float8_e8m0fnu: torch 2.10 has no function that says so
+  Type type(int32_t dtype, const char* name) const {
+    const int32_t known[] = {fp32, bf16, fp16, e8m0, e4m3, int8, uint8, int32};  // in the order of Type
+    for (int i = 0; i < 8; i++)
+      if (dtype == known[i]) return static_cast<Type>(i);
+    throw std::invalid_argument(std::string("lowp: planes want ") + name +
+                                " in float32, bfloat16, float16, float8_e8m0fnu, float8_e4m3fn, int8, uint8 or int32.");
   }
 };
 
@@ -199,7 +203,7 @@ Type float_type(const Tensor& tensor, const char* name) {
   const int32_t dtype = tensor.dtype();
   if (dtype != dtypes().fp32 && dtype != dtypes().bf16 && dtype != dtypes().fp16)
     throw std::invalid_argument(std::string("lowp: planes want ") + name + " in float32, bfloat16 or float16.");
-  return dtypes().type(dtype);
+  return dtypes().type(dtype, name);
 }
 
 int64_t padded_rows(const Format& f) { return (f.n + 15) / 16 * 16; }
@@ -230,9 +234,9 @@ Weight weight_of(const Held& held, const Spec& spec, int64_t matrices, const Ten
   if (held.scale.numel() != matrices * scales) throw std::invalid_argument("lowp: planes want a scale for each group of each row.");
   w.codes = static_cast<const uint8_t*>(held.codes.data());
   w.scale = held.scale.data();
-  w.scale_type = dtypes().type(held.scale.dtype());
+  w.scale_type = dtypes().type(held.scale.dtype(), "scales");
   w.zero = numbers(held.zero, matrices * scales, "a zero point");
-  if (w.zero) w.zero_type = dtypes().type(held.zero.dtype());
+  if (w.zero) w.zero_type = dtypes().type(held.zero.dtype(), "zero points");
   const int64_t outer = f.group > 0 ? matrices * (f.n / f.nest_rows) * (f.k / f.group / f.nest_columns) : 0;
   w.scale_scale = floats(held.scale_scale, outer, "a scale of scales");
   w.scale_zero = floats(held.scale_zero, outer, "a zero point of scales");
