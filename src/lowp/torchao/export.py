@@ -5,7 +5,8 @@
     linear       aten.linear of the two
 
 A backend (ExecuTorch's XNNPACK) recognises these nodes and puts its own int8 x int4 product in their place; the numbers are those
-of the quantized model. Our own weights are stored packed, which no backend reads: `Exported` is what stands for one in a graph. `Unwrapped` stands for every other weight: one operator of ours on the packed tensors.
+of the quantized model. Our own weights are stored packed, which no backend reads: `Exported` is what stands for one in a graph.
+`Unwrapped` stands for every other weight: one operator of ours on the packed tensors.
 
 Source: ExecuTorch's `backends/xnnpack/partition/config`, which names the operators.
 """
@@ -130,6 +131,8 @@ class Unwrapped(TorchAOBaseTensor):
     Args:
         packed: name -> tensor. spec: scheme, layout and shape. dtype: the float dtype that it stands for.
     """
+
+    weight: QTensor
 
     @staticmethod
     def __new__(cls: type[Unwrapped], packed: dict[str, Tensor], spec: Spec, dtype: torch.dtype) -> Unwrapped:
