@@ -1,4 +1,4 @@
-"""One script, run with the real torchao 0.18 and again with `python -m lowp.torchao`: the numbers that both print are compared."""
+"""One script, run with the real torchao 0.18 and again with `python -m lowp.torchao`: what both find is compared."""
 
 import json
 import os
@@ -18,8 +18,8 @@ from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.prototype.qat import MXFakeQuantizeConfig
 from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerAxis, PerGroup, PerRow,
-    PerTensor, quantize_,
+    Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerAxis,
+    PerGroup, PerRow, PerTensor, quantize_,
 )
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
