@@ -52,6 +52,7 @@ def test_host(host, cases, tmp_path, request):
     done = subprocess.run(
         [sys.executable, *redirect, str(script), str(MODEL)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads than cores only wait for each other
+        cwd=tmp_path,  # some leave a cache where they run
         capture_output=True,
         text=True,
         timeout=600,

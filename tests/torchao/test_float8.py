@@ -147,3 +147,37 @@ def test_their_grouped_products():
     recipe = MXFP8TrainingOpConfig(wgrad_with_hp=True).recipe()
     grouped_linear(x, weight, offs, recipe).sum().backward()
     assert torch.allclose(weight.grad[0].float(), x[:7].float().sum(0).expand(48, 32), rtol=0.02, atol=0.02)
+
+
+def test_a_layer_made_as_mxfp8_is_the_one_that_is_converted_to_it():
+    from lowp.torchao.prototype.moe_training.config import MXFP8TrainingOpConfig
+    from lowp.torchao.prototype.moe_training.mxfp8_linear import MXFP8Linear
+
+    class Mine(MXFP8Linear):
+        pass
+
+    for hp in (False, True):
+        torch.manual_seed(0)
+        made = Mine(64, 32, bias=False, wgrad_with_hp=hp)
+        converted = nn.Sequential(nn.Linear(64, 32, bias=False))
+        converted[0].weight.data.copy_(made.weight.data)
+        quantize_(converted, MXFP8TrainingOpConfig(wgrad_with_hp=hp))
+        x = torch.randn(32, 64)
+        y, expected = made(x), converted(x)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert torch.equal(y, expected) and torch.equal(made.weight.grad, converted[0].weight.grad)
+        assert not torch.equal(y, x @ made.weight.T) and made.recipe.grad_weight == ("" if hp else made.recipe.output)
+
+
+def test_a_grouped_product_by_a_configuration():
+    from lowp.torchao.prototype.moe_training.config import Float8TrainingOpConfig
+    from lowp.torchao.prototype.moe_training.utils import _quantize_then_scaled_grouped_mm
+
+    x, w = torch.randn(32, 64).bfloat16(), torch.randn(2, 48, 64).bfloat16()
+    offs = torch.tensor([16, 32], dtype=torch.int32)
+    y = _quantize_then_scaled_grouped_mm(x, w.transpose(-2, -1), Float8TrainingOpConfig(), offs)
+    expected = torch.cat((x[:16] @ w[0].T, x[16:] @ w[1].T)).float()
+    assert y.dtype is torch.bfloat16 and 0 < (y - expected).norm() / expected.norm() < 0.06
+    with pytest.raises(MisfitError, match="no bias"):
+        _quantize_then_scaled_grouped_mm(x, w.transpose(-2, -1), Float8TrainingOpConfig(), offs, torch.zeros(48))

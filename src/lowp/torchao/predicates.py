@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import return_and_correct_aliasing as return_and_correct_aliasing
 
 from ..errors import MisfitError
 from ..tensor import QTensor
