@@ -17,8 +17,10 @@ from torch import nn
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 from torchao.optim import AdamW4bit, AdamW8bit, AdamWFp8
 from torchao.prototype.qat import MXFakeQuantizeConfig
+from torchao.prototype.smoothquant import SmoothQuantConfig
 from torchao.quantization import (
-    Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerAxis,
+    Float8DynamicActivationFloat8WeightConfig, Int8DynamicActivationInt8WeightConfig, Int8StaticActivationInt8WeightConfig,
+    Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerAxis,
     PerGroup, PerRow, PerTensor, quantize_,
 )
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
@@ -72,6 +74,17 @@ for kind in (AdamW8bit, AdamW4bit, AdamWFp8):
     optimizer = kind(model().parameters(), lr=1e-2)
     optimizer.param_groups[0]["lr"].fill_(1e-3)
     found[f"lr {kind.__name__}"] = float(optimizer.param_groups[0]["lr"])
+for base in (Int8StaticActivationInt8WeightConfig(granularity=PerTensor()), Int8DynamicActivationInt8WeightConfig()):
+    made, name = model(), type(base).__name__
+    quantize_(made, SmoothQuantConfig(base_config=base, step="prepare", alpha=0.5))
+    for scale in (1, 2, 3):
+        made(x * scale)
+    quantize_(made, SmoothQuantConfig(base_config=base, step="convert"))
+    weight = made[0].weight
+    found[f"smooth {name}"] = weight.act_pre_scale.double().tolist()
+    if "Static" in name:
+        found["smooth scale"] = weight.act_quant_scale.double().flatten().tolist()
+        found["smooth static"] = made[0](x).detach().double().flatten()[::7].tolist()
 json.dump(found, open(sys.argv[1], "w"))
 """
 
