@@ -38,19 +38,23 @@ def quantized(model):
     return [n for n, p in model.named_parameters() if isinstance(p, TorchAOBaseTensor)]
 
 
+def trained(model, optimizer):
+    losses = []
+    for _ in range(3):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+    return losses
+
+
 for name, (weight, act, group) in PAIRS.items():
     model = copy.deepcopy(floats)
     if name != "nvfp4":  # no QAT for it there
         prepare_model_for_qat(model, weight_dtype=weight, activation_dtype=act, group_size=group)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-        losses = []
-        for _ in range(3):
-            loss = model(ids, labels=ids).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        assert losses[-1] < losses[0], (name, losses)
+        losses = trained(model, torch.optim.SGD(model.parameters(), lr=1e-2))
         convert_qat_model(model)
         assert not any("Fake" in type(module).__name__ for module in model.modules()), name
         print("ok", "QAT", name, losses)
@@ -73,15 +77,9 @@ patch_torchao_optim_state_8bit()
 for kind in (AdamW8bit, AdamW4bit, AdamWFp8):
     model = copy.deepcopy(floats)
     optimizer = kind(model.parameters(), lr=1e-3)
-    losses = []
-    for _ in range(3):
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = trained(model, optimizer)
     states = [s for held in optimizer.state.values() for s in held.values() if isinstance(s, TorchAOBaseTensor)]
-    assert states and losses[-1] < losses[0], (kind.__name__, losses)
+    assert states, kind.__name__
     moved = states[0].to(torch.float32)
     assert type(moved) is type(states[0]) and torch.equal(moved.dequantize(), states[0].dequantize())
     print("ok", kind.__name__, losses)
