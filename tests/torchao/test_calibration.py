@@ -1,14 +1,19 @@
 """torchao's prepare, run, convert: AWQ, SmoothQuant and GPTQ by its names."""
 
+import warnings
+
 import pytest
 import torch
 from lowp.torchao.prototype.awq import AWQConfig
 from lowp.torchao.prototype.gptq import GPTQConfig, gptq_quantize
 from lowp.torchao.prototype.smoothquant import SmoothQuantConfig
 from lowp.torchao.quantization import (
+    Float8DynamicActivationFloat8WeightConfig,
     Int4WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
+    Int8StaticActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
+    PerTensor,
     quantize_,
 )
 from torch import nn
@@ -70,3 +75,33 @@ def test_what_has_not_watched_is_an_error_that_says_what_to_do():
         quantize_(toy(), GPTQConfig(step="convert", base_config=Int8WeightOnlyConfig()))
     with pytest.raises(lowp.LowpError, match="step"):
         AWQConfig(Int8WeightOnlyConfig(), step="later")
+
+
+@pytest.mark.parametrize("config", [SmoothQuantConfig, AWQConfig, GPTQConfig])
+def test_a_static_base_gets_the_scale_of_what_was_seen(config):
+    """And is refused where nothing was seen, or where nobody gives it one: never dynamic in silence."""
+    base = Int8StaticActivationInt8WeightConfig(granularity=PerTensor())
+    model, x = toy(), inputs()
+    first, second = ("observe", "convert") if config is GPTQConfig else ("prepare", "convert")
+    quantize_(model, config(base_config=base, step=first))
+    model(x)
+    quantize_(model, config(base_config=base, step=second))
+    weight = model[0].weight
+    pre = 1.0 if weight.act_pre_scale is None else weight.act_pre_scale
+    torch.testing.assert_close(weight.act_quant_scale.reshape(()), (x * pre).abs().max() / 127.5)
+    unseen = toy()
+    quantize_(unseen, config(base_config=base, step=first))
+    with pytest.raises(lowp.LowpError, match="saw none"):
+        quantize_(unseen, config(base_config=base, step=second))
+    with pytest.raises(lowp.LowpError, match="wants act_quant_scale"):
+        quantize_(toy(), base)
+
+
+def test_what_is_not_followed_warns():
+    with pytest.warns(UserWarning, match="scale_search_space_size=7"):
+        AWQConfig(Int8WeightOnlyConfig(), scale_search_space_size=7)
+    with pytest.warns(UserWarning, match="activation_value_ub=1.0"):
+        Float8DynamicActivationFloat8WeightConfig(activation_value_ub=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Float8DynamicActivationFloat8WeightConfig(activation_value_lb=1e-12)

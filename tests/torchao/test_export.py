@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from lowp.torchao import graph
+from lowp.torchao.apply import quantize_
+from lowp.torchao.config import CONFIGS
+from lowp.torchao.predicates import unwrap_tensor_subclass
 
 SCRIPT = """
 import itertools, sys, torch
@@ -57,6 +60,25 @@ def test_a_weight_is_exported_by_torchaos_operators():
     """Widths, granularities, dtypes, both ways of tracing, linear layers and embeddings; the numbers of the model."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=600)
     assert done.stdout.split() == ["same"], done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_is_exported_after_unwrapping(name):
+    """The numbers of the model; for one of them in what torch.compile runs, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 128)).bfloat16()
+    x = torch.randn(4, 256, dtype=torch.bfloat16)
+    fields = {"act_quant_scale": torch.tensor(0.03)} if name == "Int8StaticActivationInt8WeightConfig" else {}
+    quantize_(model, CONFIGS[name](**fields))
+    with torch.no_grad():
+        expected = model(x)
+        unwrap_tensor_subclass(model)
+        assert torch.equal(model(x), expected)
+        exported = torch.export.export(model, (x,))
+        assert all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in exported.state_dict.values())
+        assert torch.equal(exported.module()(x), expected)
+        if name == "Int8WeightOnlyConfig":
+            assert torch.equal(torch.compile(model, backend="eager")(x), expected)
 
 
 @pytest.mark.parametrize(

@@ -179,3 +179,53 @@ def test_operators_are_there_while_the_redirect_stands():
     no, yes = ["False"] * 3, ["True"] * 3
     kept = [f"torchao.{name}.default" for name in ("choose_qparams_affine", "quantize_affine", "dequantize_affine")]
     assert python(OPERATORS) == [*no, *yes, *kept, "True", *no]
+
+
+SAVES = """
+import sys, torch
+from torch import nn
+import lowp.torchao; lowp.torchao.install()
+from torchao.quantization import Float8WeightOnlyConfig, Int4WeightOnlyConfig, Int8Tensor, Int8WeightOnlyConfig, quantize_
+from torchao.optim import AdamW8bit
+model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+for i, config in enumerate((Int8WeightOnlyConfig(), Int4WeightOnlyConfig(group_size=32), Float8WeightOnlyConfig())):
+    quantize_(model, config, lambda m, name, i=i: name == str(i))
+layer = nn.Linear(64, 64)
+optimizer = AdamW8bit(layer.parameters())
+layer(torch.randn(2, 64)).sum().backward()
+optimizer.step()
+assert Int8Tensor.__module__ == "torchao.quantization"
+values = [p.dequantize() for p in model.state_dict().values() if hasattr(p, "qdata")]
+torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "x": values}, sys.argv[1])
+"""
+READS = """
+import sys, torch
+{first}
+from lowp.torchao.tensors import Int8Tensor
+read = torch.load(sys.argv[1], weights_only=True)
+weights = [p for p in read["model"].values() if hasattr(p, "qdata")]
+assert type(weights[0]) is Int8Tensor and len(weights) == 3
+assert all(torch.equal(w.dequantize(), x) for w, x in zip(weights, read["x"], strict=True))
+print(type(weights[0]).__module__, type(read["optimizer"]["state"][0]["exp_avg"]).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "says"),
+    [("", "lowp.torchao.tensors"), ("import lowp.torchao; lowp.torchao.install()", "torchao.quantization")],
+    ids=["without", "with"],
+)
+def test_what_torch_saved_under_the_redirect_is_read_without_it(first, says, tmp_path):
+    """Whether or not a real torchao is installed, whose class of that name it is not."""
+    for script in (SAVES, READS.format(first=first)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "state.pt")], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [says, "OptimState8bit"]
+
+
+@pytest.mark.parametrize("argument", ["nosuch.py", "-c"])
+def test_what_is_no_script_is_told(argument):
+    done = subprocess.run([sys.executable, "-m", "lowp.torchao", argument, "x"], capture_output=True, text=True)
+    assert done.returncode == 1 and "wants a script or -m MODULE" in done.stderr and "Traceback" not in done.stderr

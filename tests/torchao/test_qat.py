@@ -11,12 +11,14 @@ from lowp.torchao.quantization.qat import (
     ComposableQATQuantizer,
     FakeQuantizedEmbedding,
     FakeQuantizedLinear,
+    FakeQuantizerBase,
     Float8FakeQuantizeConfig,
     FromIntXQuantizationAwareTrainingConfig,
     Int4WeightOnlyEmbeddingQATQuantizer,
     Int4WeightOnlyQATQuantizer,
     Int8DynActInt4WeightQATQuantizer,
     IntxFakeQuantizeConfig,
+    IntxFakeQuantizer,
     IntXQuantizationAwareTrainingConfig,
     QATConfig,
     initialize_fake_quantizers,
@@ -201,3 +203,10 @@ def test_mx_and_nvfp4():
 def test_refusals_are_sentences(make):
     with pytest.raises(MisfitError):
         make()
+
+
+@pytest.mark.parametrize("mapping", list(q.MappingType), ids=str)
+def test_a_fake_quantizer_made_by_its_class_has_its_configurations_numbers(mapping):
+    config = IntxFakeQuantizeConfig(torch.int4, q.PerGroup(32), mapping)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(IntxFakeQuantizer(config)(x), FakeQuantizerBase.from_config(config)(x))

@@ -310,3 +310,16 @@ def test_a_third_party_may_give_our_classes_an_operation():
     assert torch.equal(-w, -w.dequantize())
     with pytest.raises(TensorRuleError):
         -kind.from_hp(torch.randn(16, 32))
+
+
+@pytest.mark.parametrize("name", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig", "NVFP4WeightOnlyConfig"])
+def test_tied_weights_are_flattened_into_tensors_of_their_own(name):
+    """transformers refuses to save tensors that share memory under names that it does not know as tied."""
+    model = nn.ModuleDict({"head": nn.Linear(64, 32, bias=False), "table": nn.Linear(64, 32, bias=False)})
+    model["table"].weight = model["head"].weight
+    quantize_(model, CONFIGS[name]())
+    assert model["table"].weight is model["head"].weight
+    tensors, metadata = flatten.flatten_tensor_state_dict(model.state_dict())
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == len(tensors) >= 4
+    again, left = flatten.unflatten_tensor_state_dict(tensors, metadata)
+    assert not left and torch.equal(again["table.weight"].dequantize(), again["head.weight"].dequantize())

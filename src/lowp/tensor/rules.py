@@ -87,10 +87,12 @@ def _record_stream(func: Any, args: Any, kwargs: Any) -> None:
 @rule(aten.equal.default)
 def _equal(func: Any, args: Any, kwargs: Any) -> bool:
     a, b = args[:2]
-    if not (isinstance(a, QTensor) and isinstance(b, QTensor)) or a.spec != b.spec or a.shape != b.shape:
-        raise TensorRuleError(
-            f"equal wants two quantized tensors of one scheme and layout, got {a!r} and {b!r}: compare .dequantize() instead."
-        )
+    if not (isinstance(a, QTensor) and isinstance(b, QTensor)) or a.spec != b.spec:
+        a, b = (one.dequantize() if isinstance(one, QTensor) else one for one in (a, b))
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return a.shape == b.shape and bool(torch.equal(a.to(dtype), b.to(dtype)))
+    if a.shape != b.shape:
+        return False
     return all(torch.equal(_bytes(x), _bytes(y)) for x, y in zip(a.packed.values(), b.packed.values(), strict=True))
 
 

@@ -14,6 +14,10 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["-m"]:
         sys.exit(USAGE)
+    if arguments[0] != "-m" and not os.path.exists(arguments[0]):
+        sys.exit(
+            f"python -m lowp.torchao wants a script or -m MODULE, got {arguments[0]!r}, which is no file here.\n{USAGE}"
+        )
     install()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]

@@ -81,7 +81,7 @@ def quantize_(
 
     Args:
         model: any nn.Module. config: a configuration, or an FqnToConfig with one for each name.
-        filter_fn: (module, name) -> whether its weight is quantized; None for an FqnToConfig, which says it itself.
+        filter_fn: (module, name) -> whether its weight is quantized; None: linear layers. An FqnToConfig says it itself.
         device: move the model there.
 
     Returns:
@@ -105,12 +105,12 @@ def quantize_(
         raise MisfitError("an FqnToConfig names what it is for: pass filter_fn=None.")
     handler = _handler(config)
     if handler is not None:
-        _by_handler(model, config, handler, filter_fn or (lambda module, name: True), where)
+        _by_handler(model, config, handler, filter_fn or is_linear, where)
         return Report(rows=())
     if isinstance(config, FqnToConfig):
         chosen = list(_by_name(model, config))
     else:
-        chosen = [(_weights(model, filter_fn or (lambda module, name: True)), config, False)]
+        chosen = [(_weights(model, filter_fn or is_linear), config, False)]
     rows: dict[str, ReportRow] = {}
     for names, one, by_parameter in chosen:
         for row in _carry_out(model, names, one, where, by_parameter):
@@ -225,7 +225,7 @@ def _carry_out(
         return alone
     rules = {f"re:{'|'.join(re.escape(name) for name in group)}": scheme for scheme, group in by_scheme.items()}
     report = quantize_by_rules(
-        model, rules, method=numbers.method(row.name, _with_static(row.numbers(config), config)), device=device,
+        model, rules, method=numbers.method(row.name, with_static(row.numbers(config), config)), device=device,
         on_misfit="skip" if row.name in _SKIPS else "error",
     )  # fmt: skip
     show(model, report, TENSORS[row.tensor(config)])
@@ -242,7 +242,7 @@ def _by_itself(model: nn.Module, fqn: str, config: AOBaseConfig, row: ConfigRow)
         raise MisfitError(f"{fqn} {tuple(weight.shape)} is no matrix of floats: give it None in the mapping.")
     scheme = one_spelling(row.scheme(config, weight.dtype), tuple(weight.shape))
     with torch.no_grad():
-        parts = _with_static(row.numbers(config), config)(weight, Scheme.parse(scheme).weight)
+        parts = with_static(row.numbers(config), config)(weight, Scheme.parse(scheme).weight)
         made: Any = TENSORS[row.tensor(config)].from_parts(parts, scheme, dtype=weight.dtype)
         made = in_best_layout(made)
         error = (made.dequantize(torch.float32) - weight).norm() / weight.float().norm().clamp(min=1e-30)
@@ -265,11 +265,16 @@ def _as_parameters(model: nn.Module, names: list[str]) -> None:
             module.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
 
-def _with_static(run: numbers.Numbers, config: Any) -> numbers.Numbers:
-    """The same numbers, with the activation's scale where the configuration brings one."""
-    given = getattr(config, "act_quant_scale", None)
-    if given is None:
+def with_static(run: numbers.Numbers, config: Any) -> numbers.Numbers:
+    """The same numbers, with the activation's scale where the configuration is one that brings it."""
+    if not hasattr(config, "act_quant_scale"):
         return run
+    given = config.act_quant_scale
+    if given is None:
+        raise MisfitError(
+            f"{type(config).__name__} wants act_quant_scale, the scale of the activations: pass it, or let "
+            "SmoothQuantConfig(base_config=...) find it, or use Int8DynamicActivationInt8WeightConfig."
+        )
     if given.numel() != 1:
         raise MisfitError(f"act_quant_scale is one number for all tokens, got {tuple(given.shape)}: use PerTensor().")
 

@@ -14,6 +14,8 @@ the most important columns first, and does not fail where the Hessian has no fac
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +32,7 @@ from ..numerics import Format, Parts, Scheme
 from ..quantize import Method
 from ..quantize import quantize_ as quantize_by_rules
 from ..quantize.statistics import Statistics
-from .apply import TENSORS, register_quantize_module_handler, show
+from .apply import TENSORS, register_quantize_module_handler, show, with_static
 from .config import AOBaseConfig, row_of
 from .spelling import one_spelling
 
@@ -71,7 +73,7 @@ class AWQConfig(AOBaseConfig):
 
     Args:
         base_config: what the weights become. step: "prepare", "convert" or "prepare_for_loading".
-        scale_search_space_size: kept; the grid has 20 values, as torchao's default.
+        scale_search_space_size: the grid has 20 values, torchao's default; another number warns.
     """
 
     base_config: AOBaseConfig | None = None
@@ -79,6 +81,11 @@ class AWQConfig(AOBaseConfig):
     scale_search_space_size: int = 20
 
     def __post_init__(self) -> None:
+        if self.scale_search_space_size != 20:
+            warnings.warn(
+                f"AWQConfig searches among 20 factors, not among scale_search_space_size={self.scale_search_space_size}.",
+                stacklevel=3,
+            )
         self.step = _step(self.step, ("prepare", "convert", "prepare_for_loading"))
 
 
@@ -139,7 +146,7 @@ def _gptq(module: nn.Module, config: GPTQConfig) -> nn.Module:
     if config.step == "observe":
         return GPTQObservedLinear.of(_linear(module))
     seen = _watched(module, "GPTQConfig(step='observe')").statistics
-    return _converted(module, config.base_config, _by_gptq(seen, config))
+    return _converted(module, _with_scale(config.base_config, seen), _by_gptq(seen, config))
 
 
 def _by_gptq(seen: Statistics, config: GPTQConfig) -> Callable[[Tensor, Format], Parts]:
@@ -166,13 +173,32 @@ def _smoothed(module: nn.Module, config: Any, kind: type[ObservedLinear], choose
     base, weight = config.base_config, module.weight
     assert isinstance(weight, Tensor)
     if config.step == "prepare_for_loading":  # the place for what a checkpoint brings, act_pre_scale with it
-        return _converted(module, base, None, torch.ones(weight.shape[1], device=weight.device))
+        return _converted(module, _with_scale(base, None), None, torch.ones(weight.shape[1], device=weight.device))
     seen = _watched(module, f"{type(config).__name__}(step='prepare')").statistics
     scheme = Scheme.parse(_spelling(base, weight))
     factor = choose([weight.detach().to(torch.float32)], seen, [scheme]) if seen.tokens else None
     if factor is None:
-        return _converted(module, base, None)
-    return _converted(module, base, None, factor.to(weight.dtype).to(torch.float32))
+        return _converted(module, _with_scale(base, seen), None)
+    factor = factor.to(weight.dtype).to(torch.float32)
+    return _converted(module, _with_scale(base, seen.scaled(factor)), None, factor)
+
+
+def _with_scale(base: Any, seen: Statistics | None) -> Any:
+    """A configuration that wants a static scale of the activations, with that of the largest that was seen; others as they are.
+
+    torchao's symmetric int8: amax / 127.5, for 7 bits amax / 63.5. None: a place for what a checkpoint brings.
+    """
+    if getattr(base, "act_quant_scale", base) is not None:
+        return base
+    if seen is None:
+        return dataclasses.replace(base, act_quant_scale=torch.ones(1))
+    if not seen.tokens:
+        raise MisfitError(
+            f"{type(base).__name__} wants a scale of the activations, and the layer saw none: run the model on data."
+        )
+    half = 63.5 if base.reduce_range else 127.5
+    scale = (seen.amax_K.max() / half).clamp(min=torch.finfo(torch.float32).eps)
+    return dataclasses.replace(base, act_quant_scale=scale)
 
 
 def _linear(module: nn.Module) -> nn.Linear:
@@ -209,7 +235,7 @@ def _converted(
     assert isinstance(weight, Tensor)
     spelling, row = _spelling(base, weight), row_of(base)
     assert row is not None
-    numbers = run or row.numbers(base)
+    numbers = with_static(run or row.numbers(base), base)
     made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     scaled = weight.detach() if factor_K is None else weight.detach().to(torch.float32) / factor_K
     made.weight = nn.Parameter(scaled.to(weight.dtype), requires_grad=False)

@@ -51,6 +51,9 @@ from .words import (
 )
 
 _E4M3 = torch.float8_e4m3fn
+_TINY = (
+    1e-6  # a lower bound as small as this only keeps tokens of zeros from becoming NaN, which they do not become here
+)
 
 
 class AOBaseConfig:
@@ -122,6 +125,12 @@ def _float8_settle(config: Any) -> None:
     if config.mm_config is None:
         blocks = isinstance(config.granularity[0], words.PerBlock)
         config.mm_config = Float8MMConfig(use_fast_accum=not blocks)
+    if config.activation_value_ub is not None or (config.activation_value_lb or 0) > _TINY:
+        warnings.warn(
+            f"{type(config).__name__}: the range of an activation is always its own here, activation_value_lb="
+            f"{config.activation_value_lb} and activation_value_ub={config.activation_value_ub} change nothing.",
+            stacklevel=4,
+        )
 
 
 def _float8_scheme(config: Any, dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@
 
 A backend (ExecuTorch's XNNPACK) recognises these nodes and puts its own int8 x int4 product in their place; the numbers are those
 of the quantized model. Our own weights are stored packed, which no backend reads: `Exported` is what stands for one in a graph.
+`Unwrapped` stands for every other weight: one operator of ours on the packed tensors.
 
 Source: ExecuTorch's `backends/xnnpack/partition/config`, which names the operators.
 """
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import TensorRuleError
+from ..layouts import Spec
 from ..numerics import ELEMENTS
+from ..tensor.qtensor import RULES, QTensor
 from . import redirect
 from .base import TorchAOBaseTensor
 from .spelling import element_of
@@ -119,3 +122,43 @@ def _embedding(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
 @Exported.implements_torch_function(torch.nn.functional.embedding)
 def _looked_up(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return func(args[0], args[1].dequantize(), *args[2:], **kwargs)
+
+
+class Unwrapped(TorchAOBaseTensor):
+    """A quantized weight while torch.export records a model that `unwrap_tensor_subclass` took apart: plain tensors and what they
+    are. A tracer has no rule for a QTensor that is put together under its eyes; this one answers before it is asked.
+
+    Args:
+        packed: name -> tensor. spec: scheme, layout and shape. dtype: the float dtype that it stands for.
+    """
+
+    weight: QTensor
+
+    @staticmethod
+    def __new__(cls: type[Unwrapped], packed: dict[str, Tensor], spec: Spec, dtype: torch.dtype) -> Unwrapped:
+        device = packed["qdata"].device
+        self = torch.Tensor._make_wrapper_subclass(cls, spec.shape, dtype=dtype, device=device, requires_grad=False)
+        self.weight = QTensor(packed, spec, dtype=dtype)
+        return self
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], kind: type[QTensor], context: tuple[Any, ...]) -> Unwrapped:
+        """From what a weight of this kind was taken apart into."""
+        scheme, layout, shape, dtype, _ = context
+        packed = {name.removeprefix(kind._prefix): tensor for name, tensor in tensors.items()}
+        return cls(packed, Spec(scheme=scheme, layout=layout, shape=tuple(shape)), dtype)
+
+    def dequantize(self, output_dtype: torch.dtype | None = None) -> Tensor:
+        """The values as a plain tensor."""
+        return self.weight.dequantize(output_dtype or self.dtype)
+
+
+@Unwrapped.implements_torch_function(torch.nn.functional.linear)
+def _linear_of_packed(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    x, weight, bias = (*args, kwargs.get("bias"))[:3]
+    return RULES[aten.linear.default](aten.linear.default, (x, weight.weight, bias), {})
+
+
+@Unwrapped.implements_torch_function(torch.nn.functional.embedding)
+def _embedding_of_packed(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    return RULES[aten.embedding.default](aten.embedding.default, (args[1].weight, args[0]), {})

@@ -50,6 +50,7 @@ def flatten_tensor_state_dict(tensors_dict: Mapping[str, Tensor]) -> tuple[dict[
     """
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
+    written: set[int] = set()
     for name, tensor in tensors_dict.items():
         held = tensor.data if isinstance(tensor, torch.nn.Parameter) else tensor
         if not isinstance(held, QTensor):
@@ -58,7 +59,10 @@ def flatten_tensor_state_dict(tensors_dict: Mapping[str, Tensor]) -> tuple[dict[
         view = _readable(name, held)
         parts = _parts(view)
         for part, value in parts.items():
-            tensors[_part_name(name, part)] = value.contiguous()
+            value = value.contiguous()
+            # Tied weights are written twice: hosts know that weights are tied, not what each was taken apart into.
+            tensors[_part_name(name, part)] = value.clone() if value.data_ptr() in written else value
+            written.add(value.data_ptr())
         attributes = (*view.optional_tensor_attribute_names, *view.tensor_attribute_names)
         data = {key: plain(getattr(view, key), versions=False) for key in attributes if key != "shape"}
         if "shape" in attributes:

@@ -33,6 +33,7 @@ from ..train.recipes import RECIPES
 from ..train.sharded import ShardedWeight
 from .words import PerRow, PerTensor
 
+_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 WeightWithDynamicFloat8CastTensor = ShardedWeight
 FP8Granularity = Union[PerTensor, PerRow]  # noqa: UP007 -- a value at run time
 
@@ -85,7 +86,7 @@ class CastConfig:
 
     def short_str(self) -> str:
         """What a layer's repr shows."""
-        dtype = "" if self.target_dtype is None else f"_{str(self.target_dtype).removeprefix('torch.float8_')}"
+        dtype = "" if self.target_dtype is None else f"_{_NAMES[self.target_dtype]}"
         return f"{self.scaling_type.short_str()}_{self.scaling_granularity.short_str()}{dtype}"
 
 
@@ -94,9 +95,6 @@ class Float8GemmConfig:
     """How one product sums."""
 
     use_fast_accum: bool = False
-
-
-_NAMES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
 @dataclass(frozen=True)
@@ -177,6 +175,7 @@ class Float8LinearConfig:
             cast_config_weight_for_grad_input=CastConfig(target_dtype=torch.float8_e4m3fn),
             cast_config_grad_output=axis,
             cast_config_grad_output_for_grad_weight=off,
+            round_scales_to_power_of_2=True,
         )
 
     def recipe(self) -> Recipe:
@@ -226,10 +225,17 @@ class Float8Linear(Linear):
         return mod  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
+        """The casts of the product forward, and those of the gradients' products that differ."""
         c = self.config
-        casts = (c.cast_config_input, c.cast_config_weight, c.cast_config_grad_output)
-        shown = ",".join(f"{name}:{cast.short_str()}" for name, cast in zip(("i", "w", "go"), casts, strict=True))
-        return f'{nn.Linear.extra_repr(self)}, cast_configs="{shown}"'
+        casts = {"i": c.cast_config_input, "w": c.cast_config_weight, "go": c.cast_config_grad_output}
+        backward = {
+            "i_gw": c.cast_config_input_for_grad_weight,
+            "w_gi": c.cast_config_weight_for_grad_input,
+            "go_gw": c.cast_config_grad_output_for_grad_weight,
+        }
+        casts |= {name: cast for name, cast in backward.items() if cast != casts[name.partition("_")[0]]}
+        shown = ",".join(f"{name}:{cast.short_str()}" for name, cast in casts.items())
+        return f"{nn.Linear.extra_repr(self)}, cast_configs={shown}"
 
 
 def convert_to_float8_training(

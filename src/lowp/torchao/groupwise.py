@@ -248,6 +248,11 @@ def safe_int_mm(input: Tensor, mat2: Tensor) -> Tensor:
     return torch._int_mm(left, right)[:rows, :columns]
 
 
+def int_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """The same under another name."""
+    return safe_int_mm(a, b)
+
+
 def int_scaled_matmul(a: Tensor, b: Tensor, scales1: Tensor) -> Tensor:
     """int8 (M, K) @ int8 (K, N) times a scale for each row, (M, 1) or one; in the scale's dtype."""
     return safe_int_mm(a, b) * scales1

@@ -187,3 +187,8 @@ def ceil_div(a: int, b: int) -> int:
 def hp_data_dims_to_swizzled_scale_dims_nvfp4(hp_data_M: int, hp_data_K: int) -> tuple[int, int]:
     """The shape of swizzled NVFP4 scales for a tensor (M, K)."""
     return ceil_div(hp_data_M, 128) * 32, ceil_div(hp_data_K // 16, 4) * 16
+
+
+def hp_data_dims_to_swizzled_scale_dims_mx(hp_data_M: int, hp_data_K: int) -> tuple[int, int]:
+    """The shape of swizzled MX scales, of blocks of 32, for a tensor (M, K)."""
+    return ceil_div(hp_data_M, 128) * 32, ceil_div(hp_data_K // 32, 4) * 16

@@ -91,11 +91,17 @@ def sentence(module: str, name: str) -> str:
     near = difflib.get_close_matches(name, here, n=2, cutoff=0.6)
     elsewhere = [row for row in table() if row.name == name]
     if near:
+        found = [by_module().get(module, {}).get(one) for one in near]
+        lacking = {one.note for one in found if one is not None and not one.works}
         hint = f": did you mean {' or '.join(near)} of {full}?"
+        hint += f" lowp lacks {' and '.join(sorted(lacking))}." if lacking else ""
     elif elsewhere:
         place = elsewhere[0].modules[0]
         hint = f": {name} is in {'torchao' if place == '.' else f'torchao.{place}'}."
+        hint += "" if elsewhere[0].works else f" It is not there yet: lowp lacks {elsewhere[0].note}."
     else:
         every = difflib.get_close_matches(name, [row.name for row in table()], n=1, cutoff=0.6)
+        row = next((row for row in table() if every and row.name == every[0]), None)
         hint = f": did you mean {every[0]}?" if every else "."
+        hint += f" lowp lacks {row.note}." if row is not None and not row.works else ""
     return f"torchao 0.18 has no public {name} in {full}{hint} {DOCS} lists all names."

@@ -172,3 +172,8 @@ def quantization_type(weight: Tensor) -> str:
         if type(weight) in (Tensor, nn.Parameter)
         else "not recognized"
     )
+
+
+def _check_linear_int4_k(k: int, groupsize: int = 1, inner_k_tiles: int | None = None) -> bool:
+    """Whether groups, and tiles of 16 columns where they are given, divide K."""
+    return k % groupsize == 0 and (inner_k_tiles is None or k % (inner_k_tiles * 16) == 0)

@@ -160,8 +160,20 @@ def _optimizer(name: str, base: type, element: str | None, block: int) -> type:
         options = dict(state=state, stochastic_rounding=bf16_stochastic_round)
         base.__init__(self, params, lr, betas, eps, weight_decay, amsgrad, **options)
 
+    def add_param_group(self: Any, param_group: dict[str, Any]) -> None:
+        """As torch's; the learning rate becomes a tensor on the CPU, as scripts for torchao expect that write `lr.fill_(...)`."""
+        base.add_param_group(self, param_group)
+        group = self.param_groups[-1]
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32)
+
     doc = f"torchao's {name}: `lowp.optim.{base.__name__}` with torchao's arguments."
-    more = {"__init__": __init__, "__doc__": doc, "held": staticmethod(_held), "__module__": __name__}
+    more = {
+        "__init__": __init__,
+        "add_param_group": add_param_group,
+        "__doc__": doc,
+        "held": staticmethod(_held),
+        "__module__": __name__,
+    }
     return type(name, (base,), more)
 
 

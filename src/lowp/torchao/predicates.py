@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import return_and_correct_aliasing as return_and_correct_aliasing
 
 from ..errors import MisfitError
 from ..tensor import QTensor
 from .base import TorchAOBaseTensor
-from .export import Exported, can_export
+from .export import Exported, Unwrapped, can_export
 
 # -- the machine ------------------------------------------------------------------------------------------------------------
 
@@ -298,7 +299,13 @@ class UnwrapTensorSubclass(nn.Module):
     """A parametrization: a tensor subclass stored as the plain tensors that it holds, put together when it is read."""
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        return self._build(self.kept, list(tensors))
+        if torch.compiler.is_exporting():
+            return self._build(self.kept, list(tensors))
+        return self._eager(list(tensors))
+
+    @torch.compiler.disable  # torch.compile cannot follow how a tensor subclass is made: it calls this and goes on
+    def _eager(self, tensors: list[Tensor]) -> Tensor:
+        return self._build(self.kept, tensors)
 
     def right_inverse(self, tensor: Tensor) -> list[Tensor]:
         plain: list[Tensor] = []
@@ -319,6 +326,8 @@ class UnwrapTensorSubclass(nn.Module):
 
     def _build(self, kept: Any, rest: list[Tensor]) -> Tensor:
         kind, inside, context, shape, stride = kept
+        if torch.compiler.is_exporting() and issubclass(kind, QTensor):
+            return Unwrapped.of({name: rest.pop(0) for name, _ in inside}, kind, context)
         inner = {name: rest.pop(0) if below is None else self._build(below, rest) for name, below in inside}
         return kind.__tensor_unflatten__(inner, context, shape, stride)
 

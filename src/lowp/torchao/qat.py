@@ -57,6 +57,8 @@ class FakeQuantizerBase(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.enabled = config, True
+        if spelling is None and not isinstance(getattr(config, "granularity", None), PerToken):
+            choose = choose or config.choose()
         self._spelling, self._choose = spelling or config.spelling, choose
         self._made: dict[torch.dtype, FakeQuantize] = {}
         self.learned: LearnedQuantize | None = None
@@ -69,8 +71,7 @@ class FakeQuantizerBase(nn.Module):
             raise MisfitError(
                 f"a fake quantizer wants a configuration such as IntxFakeQuantizeConfig(...), got {config!r:.120}."
             )
-        per_token = isinstance(getattr(config, "granularity", None), PerToken)
-        return kind(config, choose=None if per_token else config.choose())
+        return kind(config)
 
     def _of(self, dtype: torch.dtype) -> FakeQuantize:
         if self.learned is not None:

@@ -196,6 +196,19 @@ class Float8TrainingOpConfig(TrainingOpBaseConfig):
         return RECIPES[f"float8_{self.float8_linear_recipe}"]
 
 
+class MXFP8Linear(Linear):
+    """A linear layer that trains in MXFP8, made as nn.Linear is; others extend it."""
+
+    def __init__(
+        self, *args: Any, kernel_preference: KernelPreference = KernelPreference.AUTO,
+        scale_calculation_mode: ScaleCalculationMode = ScaleCalculationMode.RCEIL, wgrad_with_hp: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(*args, **kwargs)
+        self.recipe = MXFP8TrainingOpConfig(
+            kernel_preference, wgrad_with_hp=wgrad_with_hp, scale_calculation_mode=scale_calculation_mode
+        ).recipe()
+
+
 def _with_rule(scheme: str, rule: str) -> str:
     return "@".join(str(Format.parse(part).with_rule(rule)) for part in scheme.split("@"))
 
@@ -208,6 +221,20 @@ def _to_mxfp8_then_scaled_grouped_mm(A: Tensor, B_t: Tensor, offs: Tensor | None
 def _to_fp8_rowwise_then_scaled_grouped_mm(A: Tensor, B_t: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Tensor:
     """Tokens (T, K) by expert times (E, K, N), in float8 by row."""
     return _grouped(A, B_t, offs, Float8TrainingOpConfig(), kwargs)
+
+
+def _quantize_then_scaled_grouped_mm(
+    A: Tensor, B_t: Tensor, config: TrainingOpBaseConfig, offs: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Tokens (T, K) by expert times (E, K, N), as a configuration says."""
+    if bias is not None:
+        raise MisfitError(f"a grouped product has no bias here, got {tuple(bias.shape)}: add it to the result.")
+    return _grouped(A, B_t, offs, config, {})
+
+
+def unwrap_weight(wrapper_tensor: Tensor) -> Tensor:
+    """The weight itself: nothing wraps it here."""
+    return wrapper_tensor
 
 
 def _grouped(A: Tensor, B_t: Tensor, offs: Tensor | None, config: Any, given: dict[str, Any]) -> Tensor:

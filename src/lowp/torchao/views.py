@@ -15,6 +15,7 @@ Aliases share a `_Memory` and follow it when they are next looked at.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import MisfitError, TensorRuleError
+from ..errors import CheckpointError, MisfitError, TensorRuleError
 from ..layouts import Spec, layout_of
 from ..numerics import ELEMENTS, Format, Parts, Scheme
 from ..numerics.bits import pack_bits, unpack_bits
 from ..tensor import QTensor
+from ..tensor.qtensor import _rebuild
 from . import numbers
 from .base import TorchAOBaseTensor
 from .spelling import block_size_of
@@ -83,9 +85,11 @@ class View(QTensor, TorchAOBaseTensor):
     tensor_attribute_names: ClassVar[list[str]] = []
     optional_tensor_data_names: ClassVar[list[str]] = []
     optional_tensor_attribute_names: ClassVar[list[str]] = []
+    _home: ClassVar[str]  # the module that it is in, whatever it says while the redirect stands
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        cls._home = cls.__module__
         for name in (*cls.__dict__.get("tensor_data_names", ()), *cls.__dict__.get("optional_tensor_data_names", ())):
             setattr(cls, name, Shown(name))
         torch.serialization.add_safe_globals([cls])
@@ -237,6 +241,13 @@ class View(QTensor, TorchAOBaseTensor):
         self._memory = None
         self._restore(plain.packed, plain.spec)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A file names the class by where it is, so that it is read with and without the redirect, beside a real torchao too."""
+        rebuild, (packed, metadata, kind) = super().__reduce_ex__(protocol)
+        if not self._home.startswith(f"{__package__}."):
+            return rebuild, (packed, metadata, kind)  # somebody else's
+        return _rebuild_view, (packed, metadata, self._home.rpartition(".")[2], kind.__name__)
+
     @classmethod
     def implements_torch_function(cls, torch_fns: Any) -> Any:
         """As of TorchAOBaseTensor; a class without any stays out of the way of torch.compile."""
@@ -250,6 +261,17 @@ class View(QTensor, TorchAOBaseTensor):
         act = getattr(self, "act_quant_kwargs", None)
         told = f"scheme={self.scheme}, shape={tuple(self.shape)}, device={self.device}, layout={self.spec.layout}"
         return told + (f", act_quant_kwargs={act}" if act is not None else "")
+
+
+def _rebuild_view(packed: dict[str, Tensor], metadata: tuple[Any, ...], file: str, name: str) -> Tensor:
+    """What torch.load calls for a class of a file of this folder."""
+    kind = getattr(importlib.import_module(f"{__package__}.{file}"), name, None) if file.isidentifier() else None
+    if not (isinstance(kind, type) and issubclass(kind, View)):
+        raise CheckpointError(f"{file}.{name} is no class of a quantized tensor: was the file written by a newer lowp?")
+    return _rebuild(packed, metadata, kind)
+
+
+torch.serialization.add_safe_globals([_rebuild_view])
 
 
 def require(given: dict[str, Any], *names: str) -> tuple[Any, ...]:
