@@ -223,8 +223,9 @@ def every_core() -> None:
 
 def ggml_turn(
     driver: str, name: str, shape: tuple[int, int], tokens: int, threads: int, running: contextlib.ExitStack
-) -> Turn:
-    """ggml's driver in a process of its own, which computes when it is its turn and ends with `running`."""
+) -> Turn | None:
+    """ggml's driver in a process of its own, which computes when it is its turn and ends with `running`; None where it cannot
+    (some types are repacked for AVX-512 alone)."""
     command = [driver, name, *map(str, (*shape, tokens, threads))]
     environment = {**os.environ, "OMP_PROC_BIND": "true"}
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -234,7 +235,8 @@ def ggml_turn(
     assert process.stdin and process.stdout
     ask, answer = process.stdin, process.stdout
     if not answer.readline():
-        raise SystemExit(f"ggml {name} {shape}: {driver} ends with status {process.wait()}")
+        print(f"ggml {name} {shape}: no time, {driver} ends with status {process.wait()}")
+        return None
 
     def turn(seconds: float) -> list[float]:
         print(seconds, file=ask, flush=True)
@@ -251,14 +253,15 @@ def candidates_of(
     found: dict[str, Calls] = {}
     if not args.set:
         found = {"torch bf16": bf16_calls(shape, x), "torch bf16 packed": packed_bf16_calls(shape, x)}
-    turns = {}
+    turns: dict[str, Turn] = {}
     for _, ggml, peer in pairs:
         if peer and not args.brief and not args.set:
             name = peer if " " in peer or peer == "torchao" else f"torch {peer}"
             found[name] = peer_calls(peer, scheme, shape, x)
         if ggml and args.ggml:
             name = f"ggml {ggml.rstrip('-').upper()}"
-            turns[name] = ggml_turn(args.ggml, ggml, shape, x.shape[0], args.threads, running)
+            if turn := ggml_turn(args.ggml, ggml, shape, x.shape[0], args.threads, running):
+                turns[name] = turn
     turns |= {name: turn_of(calls) for name, calls in found.items() if calls}
     return turns
 

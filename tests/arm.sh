@@ -2,6 +2,7 @@
 # The tests of the CPU's operators in Python, as ARM: Debian's Python for arm64 and torch's wheel under an emulator of the processor.
 #
 #     tests/arm.sh FOLDER [what pytest is given]          CPU=neoverse-n1 for a processor without the matrix instructions
+#                                                         (torch's wheel wants ARMv8.1 or later: not for cortex-a72)
 #
 # Wants Debian 12, pip, cmake, g++-aarch64-linux-gnu and qemu-user-static; takes 160 MB of packages, kept in FOLDER, and installs
 # nothing. torch 2.10: the last wheel for arm64 on PyPI that brings no CUDA; the library's interface is there since then.
