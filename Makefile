@@ -104,12 +104,14 @@ cpp: cpp-arm
 	  -DCMAKE_CXX_FLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-address-use-after-scope -fno-sanitize-recover=all'
 	cmake --build build/cpp -j2
 	build/cpp/test_products
+	build/cpp/test_updates
 
 cpp-arm:
 	@for tool in cmake $(cross) qemu-aarch64-static; do \
 	  command -v $$tool >/dev/null || { echo "the C++ is not tried as ARM: no $$tool here"; exit 0; }; done; \
 	set -ex; cmake -S $(native) -B build/arm -DLOWP_TESTS=ON $(arm); cmake --build build/arm -j2; \
 	qemu-aarch64-static -cpu cortex-a72 build/arm/test_products neon; \
+	qemu-aarch64-static -cpu cortex-a72 build/arm/test_updates; \
 	qemu-aarch64-static -cpu neoverse-n1 build/arm/test_products neondot; \
 	qemu-aarch64-static -cpu max build/arm/test_products neoni8mm
 

@@ -125,6 +125,16 @@ def test_many_tokens_are_decoded_first_in_a_bounded_workspace(scheme, shape):
             assert 2 * rows * shape[1] <= WORKSPACE
 
 
+def test_a_decoder_reads_nothing_before_the_kernel_before_it_has_ended():
+    """It is launched early the first time already, when the table of a codebook may have been written by the kernel before."""
+    body = mixed._file("weight").partition("__global__")[2]
+    assert (
+        0
+        < body.index("griddepcontrol.wait")
+        < min(body.index(read) for read in ("fill_table(", "load_codes(", "load_rows("))
+    )
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [64, 128, 192, 1000])
 def test_pieces_of_a_decoded_weight_are_the_whole_product(rows, bias, monkeypatch):

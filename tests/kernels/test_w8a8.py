@@ -118,7 +118,7 @@ def test_candidates_fit_the_chip_and_the_columns(kind):
                 for tiled in found:
                     assert tiled.shared <= room * 1024 and columns % (tiled.bk * tiled.split) in (0, columns % tiled.bk)
                     tiles = -(-tokens // tiled.bm) * -(-rows // tiled.bn)
-                    assert tiled.split == 1 or (tiles <= w8a8._COUNTERS and columns % (tiled.bk * tiled.split) == 0)
+                    assert tiled.split == 1 or (tiles <= w8a8.COUNTERS and columns % (tiled.bk * tiled.split) == 0)
 
 
 def test_what_it_refuses():

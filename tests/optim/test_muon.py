@@ -144,6 +144,9 @@ def test_it_learns_what_adamw_learns():
     [
         (lambda p, v: optim.Muon([{"params": [v], "use_muon": True}]), "use_muon=False"),
         (lambda p, v: optim.Muon([p], adjust_lr_fn="none"), "match_rms_adamw"),
+        (lambda p, v: optim.Muon([{"params": [p], "adjust_lr_fn": "none"}]), "match_rms_adamw"),
+        (lambda p, v: optim.Muon([p], ns_steps=2.5), "ns_steps wants"),
+        (lambda p, v: optim.Muon([{"params": [p], "ns_steps": 0}]), "ns_steps wants"),
         (lambda p, v: optim.Muon([p], momentum=1.0), "momentum wants"),
         (lambda p, v: optim.Muon([p], lr=-1.0), "lr wants"),
     ],
@@ -160,3 +163,33 @@ def test_empty_groups_and_names():
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1, 1]
     named = optim.Muon([("weight", p), ("bias", v)])
     assert [row[0] for row in named.explain()] == ["weight", "bias"]
+
+
+def test_a_group_that_is_refused_leaves_nothing_behind():
+    optimizer = optim.Muon([nn.Parameter(torch.ones(64, 64))])
+    with pytest.raises(MisfitError, match="float64"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(8, 8)), nn.Parameter(torch.ones(8).double())]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("scale", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (1, 5000), (5000, 1), (1, 1), (16, 8, 3, 3)])
+def test_any_matrix_is_stepped(shape, scale):
+    (p,) = parameters([shape])
+    run(optim.Muon([p], adjust_lr_fn=scale), [p])
+    assert p.shape == shape and p.isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon of its own")
+@pytest.mark.parametrize("scale", [None, "original", "match_rms_adamw"])
+def test_it_goes_on_from_torchs_checkpoint(scale):
+    (one,), (other,) = parameters([(64, 256)]), parameters([(64, 256)])
+    torchs = run(torch.optim.Muon([one], lr=0.02, adjust_lr_fn=scale), [one])
+    start = one.detach().clone()
+    with torch.no_grad():
+        other.copy_(one)
+    ours = optim.Muon([other], state="fp32")
+    ours.load_state_dict(torchs.state_dict())
+    run(torchs, [one], first=3)
+    run(ours, [other], first=3)
+    assert (one - other).norm() < 0.02 * (one - start).norm()  # products in bf16

@@ -182,6 +182,50 @@ def test_a_gradient_that_was_dropped_is_not_stepped(device):
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
 
 
+class Fails(torch.optim.SGD):
+    """Once, at the parameter with this many elements."""
+
+    at = 0
+
+    def step(self, closure=None):
+        if self.param_groups[0]["params"][0].numel() == Fails.at:
+            Fails.at = 0
+            raise RuntimeError("no")
+        super().step(closure)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_error_amid_a_step_leaves_no_parameter_to_be_stepped_twice(offload, again, device, monkeypatch):
+    """The last layer's gradient comes first and is stepped; the next one's step fails. The step is tried again, or given up."""
+    nets = [nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(128, 65, bias=False)).to(device) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    optimizer = CPUOffloadOptimizer(nets[0].parameters(), Fails, offload_gradients=offload, lr=0.1)
+    plain = torch.optim.SGD(nets[1].parameters(), lr=0.1)
+    for i, x in enumerate(batches(device, 2)):
+        for net, one in zip(nets, (optimizer, plain), strict=True):
+            one.zero_grad()
+            net(x).square().mean().backward()
+        if i == 0:
+            monkeypatch.setattr(Fails, "at", 64 * 128)
+            with pytest.raises(RuntimeError, match="no"):
+                optimizer.step()
+            if not again:
+                nets[1][0].weight.grad = None
+        if i == 1 or again:
+            optimizer.step()
+        plain.step()
+    assert_near(*nets, device)
+
+
+def test_a_group_that_cannot_be_made_is_not_there(device):
+    optimizer = CPUOffloadOptimizer(model(device).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="learning rate"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(64, 64, device=device))], "lr": -1.0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.step()
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_model_that_is_let_go_goes(offload, device):
     net = model(device)

@@ -238,7 +238,7 @@ def scale_by_shape(shape: Sequence[int], how: str) -> float:
     (2.0, 2.0)
     """
     rows, columns = shape
-    return math.sqrt(max(1.0, rows / columns)) if how == "original" else 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / max(1, columns))) if how == "original" else 0.2 * math.sqrt(max(rows, columns))
 
 
 ELEMENTWISE: dict[str, Update] = {"adam": _adam, "sgd": _sgd, "lion": _lion}

@@ -39,7 +39,13 @@ from .state import (
     zeros,
 )
 
-_OWN = ("state", "stochastic_rounding", "seed", "capturable")  # options of a group that a checkpoint does not decide
+_OWN = (
+    "state",
+    "stochastic_rounding",
+    "seed",
+    "capturable",
+    "use_muon",
+)  # options of a group that a checkpoint does not decide
 FLOAT32 = "fp32@fp32"
 
 

@@ -27,7 +27,7 @@ from .adam import check_betas, in_range
 from .base import LowBitOptimizer
 from .state import State, is_dtensor, is_shard
 
-_SCALES = ("match_rms_adamw", "original")
+_SCALES = ("match_rms_adamw", "original", None)  # None: original, as in torch
 
 
 class Muon(LowBitOptimizer):
@@ -53,17 +53,15 @@ class Muon(LowBitOptimizer):
 
     def __init__(
         self, params: Any, lr: float | Tensor = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95, nesterov: bool = True, *,
-        ns_steps: int = 5, adjust_lr_fn: str = "match_rms_adamw", betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-        state: State = "dyn8/1x256", maximize: bool = False, capturable: bool = False, stochastic_rounding: bool = False,
-        seed: int = 0, foreach: bool | None = None, fused: bool | None = None,
+        ns_steps: int = 5, adjust_lr_fn: str | None = "match_rms_adamw", betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8, state: State = "dyn8/1x256", maximize: bool = False, capturable: bool = False,
+        stochastic_rounding: bool = False, seed: int = 0, foreach: bool | None = None, fused: bool | None = None,
     ) -> None:  # fmt: skip
         in_range("lr", lr, 0, None)
         in_range("weight_decay", weight_decay, 0, None)
         in_range("eps", eps, 0, None)
         in_range("momentum", momentum, 0, 1)
         check_betas(betas)
-        if adjust_lr_fn not in _SCALES:
-            raise MisfitError(f"adjust_lr_fn wants one of {', '.join(_SCALES)}, got {adjust_lr_fn!r}.")
         defaults = dict(
             lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn,
             betas=tuple(betas), eps=eps, maximize=maximize, capturable=capturable, state=state,
@@ -73,6 +71,7 @@ class Muon(LowBitOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, at any time: two of them where it holds matrices and others and does not say `use_muon`."""
+        _check_options(self.defaults | param_group)
         given = param_group["params"]
         given = [given] if isinstance(given, Tensor) else list(given)
         if "use_muon" in param_group:
@@ -81,11 +80,16 @@ class Muon(LowBitOptimizer):
             parts = {which: [one for one in given if (_tensor(one).dim() >= 2) == which] for which in (True, False)}
         for one in parts.get(True, ()):
             _check_matrix(_tensor(one))
-        for which, members in parts.items():
-            if members or not given:
-                super().add_param_group({**param_group, "params": members, "use_muon": which})
-            if not given:
-                return
+        before = len(self.param_groups)
+        try:
+            for which, members in parts.items():
+                if members or not given:
+                    super().add_param_group({**param_group, "params": members, "use_muon": which})
+                if not given:
+                    return
+        except Exception:  # all of it or nothing
+            del self.param_groups[before:]
+            raise
 
     def rule_of(self, group: dict[str, Any]) -> str:
         return "muon" if group["use_muon"] else "adam"
@@ -98,7 +102,7 @@ class Muon(LowBitOptimizer):
         return Settings(
             beta1=group["momentum"] if group["use_muon"] else beta1, beta2=beta2, eps=group["eps"],
             weight_decay=group["weight_decay"], decoupled=True, maximize=group["maximize"], nesterov=group["nesterov"],
-            iterations=group["ns_steps"], by_shape=group["adjust_lr_fn"],
+            iterations=group["ns_steps"], by_shape=group["adjust_lr_fn"] or "original",
             seed=group["seed"] if group["stochastic_rounding"] else None,
         )  # fmt: skip
 
@@ -107,6 +111,14 @@ def _tensor(one: Any) -> Tensor:
     """A parameter, given alone or with its name."""
     found: Tensor = one[1] if isinstance(one, tuple) else one
     return found
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    """A MisfitError for options that are a matrix's alone."""
+    if group["adjust_lr_fn"] not in _SCALES:
+        raise MisfitError(f"adjust_lr_fn wants one of {', '.join(map(str, _SCALES))}, got {group['adjust_lr_fn']!r}.")
+    if not isinstance(group["ns_steps"], int) or group["ns_steps"] < 1:
+        raise MisfitError(f"ns_steps wants a whole number from 1 on, got {group['ns_steps']!r}.")
 
 
 def _check_matrix(param: Tensor) -> None:

@@ -90,8 +90,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         self._class, self._options, self._offload = optimizer_class, options, offload_gradients
         self._smallest, self.max_norm, self._ahead = minimal_size, max_norm, ahead
         self._hosts: dict[Tensor, _Host] = {}
-        self._queue: list[_Host] = []
-        self._handles: list[Any] = []
+        self._queue: deque[_Host] = deque()
         self._streams: dict[torch.device, tuple[Any, Any]] = {}
         self._leaving: dict[torch.device, deque[tuple[Tensor, Any]]] = {}  # gradients and the events of their copies
         probe = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
@@ -103,15 +102,21 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         """Add a group, at any time."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for param in group["params"]:
-            on_host = param.numel() >= self._smallest
-            held = local(param).detach()
-            twin = torch.nn.Parameter(_pinned_like(held) if on_host else held)
-            host = _Host(param=param, copy=twin, optimizer=self._class([_with(group, [twin])], **self._options))
-            self._hosts[param] = host
-            self.state[param] = host.optimizer.state[twin]
-            if on_host:
-                self._handles.append(param.register_post_accumulate_grad_hook(_weakly(self)))
+        try:
+            hosts = [self._host(param, group) for param in group["params"]]
+        except Exception:
+            self.param_groups.pop()
+            raise
+        for host in hosts:
+            self._hosts[host.param] = host
+            self.state[host.param] = host.optimizer.state[host.copy]
+            if not _shares(host):
+                host.param.register_post_accumulate_grad_hook(_weakly(self))
+
+    def _host(self, param: Tensor, group: dict[str, Any]) -> _Host:
+        held = local(param).detach()
+        twin = torch.nn.Parameter(_pinned_like(held) if param.numel() >= self._smallest else held)
+        return _Host(param=param, copy=twin, optimizer=self._class([_with(group, [twin])], **self._options))
 
     @property
     def host_nbytes(self) -> int:
@@ -207,8 +212,19 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                 self._hosts[param].optimizer.param_groups[0].update(_host_options(group))
         self._settle()
         factor = self._factor(self.max_norm) if self.max_norm is not None else None
-        for host in self._queue:
-            self._step(host, factor)
+        try:
+            while self._queue:  # one that was stepped leaves it: whatever the next one raises, it is not stepped again
+                self._step(self._queue[0], factor)
+                self._queue.popleft()
+            self._step_in_place(factor)
+        finally:
+            for device, (_, up) in self._streams.items():
+                torch.cuda.current_stream(device).wait_stream(up)
+        self._leaving.clear()  # every copy has been waited for
+        return loss
+
+    def _step_in_place(self, factor: Tensor | None) -> None:
+        """The small ones."""
         for host in self._hosts.values():
             if _shares(host):
                 host.copy.grad = None if host.param.grad is None else local(host.param.grad)
@@ -216,11 +232,6 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
                     host.copy.grad.mul_(factor.to(host.copy.device))
                 host.optimizer.step()
                 torch.autograd.graph.increment_version(host.param)
-        self._queue = []
-        self._leaving.clear()  # every copy has been waited for
-        for device, (_, up) in self._streams.items():
-            torch.cuda.current_stream(device).wait_stream(up)
-        return loss
 
     def _settle(self) -> None:
         """Gradients that were changed after their copy are copied again; weights that were written are taken over."""
@@ -297,7 +308,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         for host in self._queue:
             self._wait(host)
             host.pending, host.added = False, True
-        self._queue = []
+        self._queue.clear()
         self._leaving.clear()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------

@@ -68,14 +68,13 @@ DEVICE void multiply(float (&sum)[MT][BM / 2], Pipe& pipe, const Params& p, int 
             wgmma(SPANNED ? part[set][step * UNIT_GROUPS / 4] : sum[m], a[set][step], descriptor(x, c * X_CHUNK + 32 * step),
                   SPANNED ? step % (4 / UNIT_GROUPS) > 0 : k > first || c > 0 || step > 0);
           wgmma_commit();
-          if (SPANNED && c == KC - 1 && m == MT - 1) {
-            wgmma_wait<0>();
-            finish(set ^ 1, sum[MT - 1 - m]);
+          const bool whole = SPANNED && c == KC - 1 && m == MT - 1;
+          if (whole) wgmma_wait<0>();
+          else wgmma_wait<1>();
+          if (c > 0 || m > 0) finish(set ^ 1, sum[MT - 1 - m]);  // the last unit of the stage before was finished there
+          if (whole) {
             finish(set, sum[m]);
             if (lane == 0) barrier_arrive(pipe.empty + 8 * pipe.s);
-          } else {
-            wgmma_wait<1>();
-            if (c > 0 || m > 0) finish(set ^ 1, sum[MT - 1 - m]);
           }
           if (!SPANNED && c == 0 && m == 0 && last >= 0 && lane == 0) barrier_arrive(pipe.empty + 8 * last);
         }

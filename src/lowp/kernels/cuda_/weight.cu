@@ -8,6 +8,7 @@ extern "C" __global__ void __launch_bounds__(128) weight(const __grid_constant__
   __shared__ __align__(16) u16 tile[2][64 * TILE_PITCH];
   extern __shared__ __align__(16) u32 pairs[];  // KIND 2: the table of pairs
   const int lane128 = threadIdx.x, lane = lane128 % 32, row = 16 * (lane128 / 32) + lane / 4;
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // until the kernel before, which may have made the table, has ended
   if constexpr (KIND == 2) {
     fill_table(shared_address(pairs), p, 128);
     __syncthreads();
@@ -17,7 +18,6 @@ extern "C" __global__ void __launch_bounds__(128) weight(const __grid_constant__
   const int first = (u64)chunks * blockIdx.y / gridDim.y, last = (u64)chunks * (blockIdx.y + 1) / gridDim.y;
   const int n64 = p.first + blockIdx.x;
   int buffer = 0;
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // until the kernel before has ended: only the launch is early
   for (int c = first; c < last; c++, buffer ^= 1) {
     const Codes codes = load_codes((u64)p.codes + ((u64)n64 * chunks + c) * UNIT_BYTES, lane128);
     Rows rows[UNIT_GROUPS];
