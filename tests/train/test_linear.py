@@ -279,6 +279,18 @@ def test_a_weight_that_changes_inside_of_the_cache_is_said():
         model[0].weight.data = torch.zeros(32, 32)
 
 
+def test_what_is_copied_inside_of_the_cache_reads_its_own_weights(tmp_path):
+    model, x = nn.Sequential(Linear(32, 32, bias=False)), torch.randn(4, 32)
+    with cached_weights(model):
+        copied = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        assert model[0].codes
+    for other in (copied, torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(other(x), model(x))
+        other[0].weight.data.zero_()
+        assert not other(x).any()
+
+
 def test_weights_that_cannot_be_cached_are_said():
     model = nn.Sequential(Linear(32, 32), Linear(32, 32))
     gather_codes(nn.Sequential(model[1]))

@@ -238,6 +238,10 @@ class Linear(nn.Linear):
             return split_linear(input, self.weight, self.bias, self.recipe, self.split)
         return linear(input, self.weight, self.bias, self.recipe, codes=self.codes)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle take: not the codes of `cached_weights`, which nobody would take from them again."""
+        return {name: value for name, value in self.__dict__.items() if name != "codes"}
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"
 
