@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+import lowp
+
 _NAMES = {
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv", torch.float8_e5m2: "fp8e5",
@@ -44,7 +46,8 @@ class Made(NamedTuple):
 
 def lines_of(program: str, folder: Path, *arguments: str, beside: str = "") -> list[str]:
     """What a program prints, run in `folder`; `beside`: another folder whose files it may import."""
-    paths = filter(None, (str(Path(__file__).parent), beside, os.environ.get("PYTHONPATH")))
+    here = (Path(__file__).parent, Path(lowp.__file__).parents[1])  # this file, and the lowp that is tested
+    paths = filter(None, (*map(str, here), beside, os.environ.get("PYTHONPATH")))
     environment = os.environ | {
         "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "PYTHONPATH": os.pathsep.join(paths),
     }  # fmt: skip

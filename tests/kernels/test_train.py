@@ -41,7 +41,8 @@ for recipe in map(RECIPES.__getitem__, sys.argv[1:]):
                 rows or "", columns or "", "cuda", 0, x.dtype, 2048, (*extras, *["stochastic"] * random)
             )
             if not cast_both.KERNELS[0].why_not(dataclasses.replace(case, sm=90)):
-                cast_both._run(x, rows or "", columns or "", given, of.multiple, random)
+                for cast_both.capturing in (lambda device: False, lambda device: True)[: 1 + random]:
+                    cast_both._run(x, rows or "", columns or "", given, of.multiple, random)
     for scheme in {recipe.output, recipe.grad_input, recipe.grad_weight}:
         if scheme == "int8/row@int8/row":
             codes = Parts(qdata=x.to(torch.int8), scale=torch.ones(1024, 1))
