@@ -1,60 +1,25 @@
 """Triton kernels that begin early, compiled for a Hopper that need not be there: nothing touches memory before they wait."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from .hopper import lines_of
 
 pytest.importorskip("triton", reason="needs Triton")
 
-PROGRAM = """
-import dataclasses, re, torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+# bits of the widest load and store: matrices in words of 16 bytes
+WIDEST = dict.fromkeys(("_both_kernel", "_fake_kernel", "_given_kernel"), (128, 128))
+WIDEST |= {"_amaxes_kernel": (128, 0), "_amax_kernel": (128, 32)}
 
-from lowp.kernels.triton_ import cast, cast_both, decode, fake_quantize, fake_quantize_given, launch, update, w16, w8a8
+PROGRAM = """
+import dataclasses, hopper, torch
+
+from lowp.kernels.triton_ import cast, cast_both, decode, fake_quantize, fake_quantize_given, update, w16, w8a8
 from lowp.kernels.triton_.packed import parts_of
 from lowp.numerics import Format
 from lowp.ops.update import Settings, Slot, Step, coefficients
 from lowp.tensor import QTensor
 
-NAMES = {
-    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64", torch.bfloat16: "*bf16",
-    torch.float16: "*fp16", torch.float32: "*fp32", torch.float8_e4m3fn: "*fp8e4nv",
-}
-MEMORY = re.compile(r"\\b(ld\\.global|st\\.global|cp\\.async|atom\\.|red\\.)")
-
-
-def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion, registers):
-    constants = (*constants, True)
-    assert kernel.arg_names[-1] == "EARLY" and len(kernel.arg_names) == len(args) + len(constants)
-    signature, values, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, (*args, *constants))):
-        if isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = NAMES[value.dtype], [["tt.divisibility", 16]]
-        elif value is None or i >= len(args):
-            signature[name], values[(i,)] = "constexpr", value
-        else:
-            signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0 and not kernel.params[i].do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, launch_pdl=True)
-    options |= {"maxnreg": registers} if registers else {}
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    print(kernel.__name__, ptx.count("griddepcontrol.wait"), ptx.count("griddepcontrol.launch_dependents"),
-          len(MEMORY.findall(ptx.partition("griddepcontrol.wait")[0])), len(MEMORY.findall(ptx)) > 0)
-    if kernel.__name__ in ("_both_kernel", "_amaxes_kernel", "_amax_kernel", "_fake_kernel", "_given_kernel"):
-        found = re.findall(r"(ld|st)\\.global(?:\\.\\w+)*?(\\.v[248])?\\.b(\\d+)", ptx)
-        widest = [max([int(width[2:] or 1) * int(bits) for op, width, bits in found if op == which], default=0)
-                  for which in ("ld", "st")]
-        print("bits", kernel.__name__, *widest)
-
-
-launch._first = compiled
-for module in (cast, cast_both, fake_quantize, fake_quantize_given):
-    module.device_capability = lambda *device: 90
+made_here = hopper.compiling(cast, cast_both, fake_quantize, fake_quantize_given)
 x = torch.randn(4, 512).bfloat16()
 for fmt in ("e4m3/row", "int8/tensor", "e2m1/1x32*e8m0"):
     cast.cast_tensors(x, cast.plan_of(Format.parse(fmt), 512, x.device))
@@ -85,14 +50,13 @@ state = {"qdata": torch.zeros(4096).bfloat16()}
 slot = Slot(param=torch.zeros(4096).bfloat16(), states=(state,), scheme="bf16", shape=(4096,))
 numbers = coefficients("sgd", Settings(), 0.1, 1)
 update._run(1, Step(slots=[slot], grads=[slot.param], settings=Settings(), numbers=numbers))
+for made in made_here:
+    print(made.kernel, hopper.before_it_waits(made.ptx), *hopper.widest(made.ptx).values())
 """
 
 
 def test_no_kernel_touches_memory_before_it_waits(tmp_path):
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
-    lines = [line for line in run.stdout.splitlines() if not line.startswith("bits")]
+    lines = [line.split() for line in lines_of(PROGRAM, tmp_path)]
     kernels = {
         "_amax_kernel",
         "_cast_kernel",
@@ -107,9 +71,8 @@ def test_no_kernel_touches_memory_before_it_waits(tmp_path):
         "add_splits",
         "_update_kernel",
     }
-    assert {line.split()[0] for line in lines} == kernels
-    assert all(line.split()[1:] == ["1", "1", "0", "True"] for line in lines), lines
-    widths = {line for line in run.stdout.splitlines() if line.startswith("bits")}
-    wide = {f"bits {name} 128 128" for name in ("_both_kernel", "_fake_kernel", "_given_kernel")}
-    narrow = {"bits _amaxes_kernel 128 0", "bits _amax_kernel 128 32"}
-    assert widths == wide | narrow, "matrices in words of 16 bytes"
+    assert {line[0] for line in lines} == kernels
+    assert all(line[1] == "0" for line in lines), lines
+    for kernel, wanted in WIDEST.items():
+        widths = [tuple(map(int, line[2:])) for line in lines if line[0] == kernel]
+        assert set(widths) == {wanted}, (kernel, widths)

@@ -5,8 +5,6 @@ Triton's kernel runs in its interpreter on a CPU, which plays an sm90, and for r
 
 import dataclasses
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -84,48 +82,22 @@ def test_any_number_of_rows_and_columns(columns, rows, device, poison):
 
 
 PROGRAM = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import hopper, test_columns
+from lowp.kernels.triton_ import columns
 
-import test_columns
-from lowp.kernels.triton_ import columns, launch
-
-NAMES = {
-    torch.uint8: "*u8", torch.int8: "*i8", torch.int64: "*i64", torch.float32: "*fp32",
-}
-
-
-def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
-    constants = (*constants, True)
-    signature, values, attributes = {}, {}, {}
-    for i, (name, value) in enumerate(zip(kernel.arg_names, (*args, *constants), strict=True)):
-        if isinstance(value, torch.Tensor):
-            signature[name], attributes[(i,)] = NAMES[value.dtype], [["tt.divisibility", 16]]
-        elif value is None or i >= len(args):
-            signature[name], values[(i,)] = "constexpr", value
-        else:
-            signature[name] = "i32"
-    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
-    options = dict(num_warps=warps, num_stages=stages, enable_fp_fusion=fusion, launch_pdl=True)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    print("fma.rn.f32" in made.asm["ptx"], ".local" in made.asm["ptx"])
-
-
-launch._first = compiled
-columns.device_capability = lambda *device: 90
+kernels = hopper.compiling(columns)
 test_columns.K = 128
 for spelling in ("int4/1x128*bf16", "e2m1/1x16*e4m3/tensor", "nf4/1x64"):
     tensors, made, codes = test_columns.problem(spelling, columns=128)
     columns._run(*tensors, made, codes)
+for made in kernels:
+    print("fma.rn.f32" in made.ptx, ".local" in made.ptx)
 """
 
 
 def test_it_compiles_for_hopper_in_registers(tmp_path):
     """No spills, and where x * (1 / scale) is encoded no fused multiply-add at all: the quotient alone asks for them."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    environment["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), environment.get("PYTHONPATH", "")])
-    run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, timeout=300)
-    assert run.returncode == 0, run.stderr[-2000:]
-    lines = [line.split() for line in run.stdout.splitlines()]
+    from ..kernels.hopper import lines_of  # here: PROGRAM imports this file, by itself
+
+    lines = [line.split() for line in lines_of(PROGRAM, tmp_path, beside=os.path.dirname(__file__))]
     assert lines == [["True", "False"], ["False", "False"], ["True", "False"]], lines

@@ -110,6 +110,39 @@ def test_rounding_at_random_is_unbiased_in_both_forms(kernel, device):
     assert kernel.why_not(case_of("e4m3/row", "", x, "stochastic")).startswith("wants integers")
 
 
+def test_a_graph_that_is_captured_draws_its_seed_on_the_device(device, monkeypatch):
+    """A number would be the same in every replay. Both ways of giving it round alike."""
+    module = pytest.importorskip("lowp.kernels.triton_.cast_both", reason="needs Triton")
+    x, args = torch.randn(48, 64, device=device), ("int8/row", "int8/row", None, 16, True)
+    given, real = [], module.launch
+
+    def seen(kernel, key, grid, arguments, *rest):
+        if kernel is module._both_kernel:
+            given.append(arguments[-1])
+        real(kernel, key, grid, arguments, *rest)
+
+    monkeypatch.setattr(module, "launch", seen)
+    monkeypatch.setattr(module, "capturing", lambda device: True)
+    first, second = module._run(x, *args), module._run(x, *args)
+    assert [seed.device.type for seed in given] == [device.type] * 2 and not same_bytes(first, second)
+    monkeypatch.setattr(module, "_seed", lambda device: int(given[1]))
+    assert same_bytes(module._run(x, *args), second) and type(given[-1]) is int
+
+
+@pytest.mark.gpu
+def test_replays_of_a_graph_round_anew():
+    x = torch.randn(48, 64, device="cuda")
+    cast_both(x, "int8/row", "int8/row", multiple=16, stochastic=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = cast_both(x, "int8/row", "int8/row", multiple=16, stochastic=True)
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append([t.clone() for t in made])
+    assert not same_bytes(*replays)
+
+
 def test_a_form_can_be_asked_for_alone(device):
     x = torch.randn(20, 32, device=device)
     both = cast_both(x, "e4m3/row", "e4m3/1x32*e8m0", multiple=32)

@@ -363,7 +363,7 @@ def test_a_table_is_never_written_again(device, monkeypatch):
     assert fused._table(plan, one) is eager
     three = [grad.clone() for grad in one]
     with monkeypatch.context() as patch:
-        patch.setattr(fused, "_capturing", lambda device: True)
+        patch.setattr(fused, "capturing", lambda device: True)
         assert fused._table(plan, one) is eager  # nothing to copy at each replay
         elsewhere = fused._table(plan, three)
     assert fused._table(plan, one) is eager and elsewhere.device[:, 1].tolist() == [grad.data_ptr() for grad in three]

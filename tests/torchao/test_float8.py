@@ -49,6 +49,11 @@ def test_rowwise_with_gw_hp_has_scales_of_powers_of_two():
     recipe = Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp").recipe()
     assert recipe.output == RECIPES["float8_rowwise"].output and recipe.grad_weight == ""
     assert recipe.grad_input == "e4m3/tensor*e8m0@e4m3/row*e8m0"
+    ours = RECIPES["float8_rowwise_gw_hp"]  # the row of this name has scales in fp32
+    assert recipe != ours and all(
+        getattr(recipe, product) == getattr(ours.power_of_two(), product)
+        for product in ("output", "grad_input", "grad_weight", "stochastic", "fast")
+    )
 
 
 def test_a_configuration_is_a_recipe():

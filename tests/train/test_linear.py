@@ -214,10 +214,29 @@ def test_layers_that_read_one_tensor_share_its_cast(device, monkeypatch):
     first = linear(h, w, None, "float8_tensorwise")
     h.mul_(2)  # another number now
     assert torch.equal(linear(h, w, None, "float8_tensorwise"), first * 2)
+    h.data = x.detach() * 3  # no version counts this
+    assert torch.equal(linear(h, w, None, "float8_tensorwise"), linear(x * 3, w, None, "float8_tensorwise"))
+    linear(h, w, None, "float8_tensorwise")
+    assert module._LAST.held[0]() is h
     del h, found, first
-    assert module._LAST.x is None and module._LAST.parts == []  # nothing is held for a tensor that is gone
+    assert module._LAST.held is None  # nothing is held for a tensor that is gone
     outputs(x.detach())
     assert casts.count(x.shape) == 2  # what a user fills between steps is never taken for the same
+
+
+@pytest.mark.gpu
+def test_another_stream_casts_for_itself():
+    """It waited for x, not for codes that a sibling's stream is still writing."""
+    module, (x, w, _) = sys.modules["lowp.train.linear"], case(device="cuda")
+    h = x * 1
+    linear(h, w, None, "float8_tensorwise")
+    codes = module._LAST.held[2]
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        linear(h, w, None, "float8_tensorwise")
+    assert module._LAST.held[2][0] is not codes[0]
+    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -258,6 +277,18 @@ def test_a_weight_that_changes_inside_of_the_cache_is_said():
             model[0].weight.add_(1)
     with pytest.raises(MisfitError, match="0 changed: step the optimizer after the block"), cached_weights(model):
         model[0].weight.data = torch.zeros(32, 32)
+
+
+def test_what_is_copied_inside_of_the_cache_reads_its_own_weights(tmp_path):
+    model, x = nn.Sequential(Linear(32, 32, bias=False)), torch.randn(4, 32)
+    with cached_weights(model):
+        copied = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        assert model[0].codes
+    for other in (copied, torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(other(x), model(x))
+        other[0].weight.data.zero_()
+        assert not other(x).any()
 
 
 def test_weights_that_cannot_be_cached_are_said():

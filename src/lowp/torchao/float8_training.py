@@ -61,7 +61,7 @@ class ScalingGranularity(enum.Enum):
 
 
 class Float8LinearRecipeName(str, enum.Enum):
-    """torchao's recipes; each is a row of `lowp.train.RECIPES`, "float8_" before it."""
+    """torchao's recipes: rows of `lowp.train.RECIPES`, "float8_" before them; ROWWISE_WITH_GW_HP in powers of two."""
 
     TENSORWISE = "tensorwise"
     ROWWISE = "rowwise"

@@ -165,11 +165,11 @@ def _cast(
 
 
 class _Last(threading.local):
-    """The input that was cast last, weakly, and its codes: q, k and v read one x, so do gate and up."""
+    """The input that was cast last, weakly, what its codes are good for, and they: q, k and v read one x, so do gate and up.
 
-    x: weakref.ref[Tensor] | None = None
-    key: Any = None
-    parts: list[Tensor] = []  # noqa: RUF012 -- replaced, never changed
+    One tuple, replaced and never changed: x may go in another thread, which autograd's are."""
+
+    held: tuple[weakref.ref[Tensor], Any, list[Tensor]] | None = None
 
 
 _LAST = _Last()
@@ -179,21 +179,26 @@ def _cast_input(x: Tensor, x_MK: Tensor, rows: str | None, columns: str | None, 
     """The cast of an input, once for layers that read the same tensor one after another (a compiled graph finds them itself).
 
     The codes go when x goes, or when another input is cast. Only tensors that a differentiable operation just made: what a user
-    fills anew between steps is never taken for the same."""
+    fills anew between steps is never taken for the same. Writes to `x.data`, which autograd does not see, are not seen here."""
     if not plain(x) or x.grad_fn is None or (rows is None and columns is None):
         return _cast(x_MK, rows, columns, multiple)
-    key = (x._version, rows, columns, multiple)
-    if _LAST.x is None or _LAST.x() is not x or _LAST.key != key:
-        _LAST.parts = []  # before the new codes take their room
-        parts = _cast(x_MK, rows, columns, multiple)
-        last = _LAST.__dict__
+    # another stream would have to wait for the codes, as it did for x; a graph that is captured has a stream of its own
+    stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
+    key = (x._version, x.data_ptr(), stream, rows, columns, multiple)
+    held = _LAST.held
+    if held is not None and held[0]() is x and held[1] == key:
+        return held[2]
+    del held
+    _LAST.held = None  # before the new codes take their room
+    parts, last = _cast(x_MK, rows, columns, multiple), _LAST.__dict__
 
-        def gone(ref: weakref.ref[Tensor]) -> None:
-            if last.get("x") is ref:
-                last.update(x=None, parts=[])
+    def gone(ref: weakref.ref[Tensor]) -> None:
+        now = last.get("held")
+        if now is not None and now[0] is ref:
+            last["held"] = None
 
-        _LAST.x, _LAST.key, _LAST.parts = weakref.ref(x, gone), key, parts
-    return _LAST.parts
+    _LAST.held = weakref.ref(x, gone), key, parts
+    return parts
 
 
 def filled(x_MK: Tensor, of: Operands) -> Tensor:
@@ -232,6 +237,10 @@ class Linear(nn.Linear):
 
             return split_linear(input, self.weight, self.bias, self.recipe, self.split)
         return linear(input, self.weight, self.bias, self.recipe, codes=self.codes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy and a pickle take: not the codes of `cached_weights`, which nobody would take from them again."""
+        return {name: value for name, value in self.__dict__.items() if name != "codes"}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe.name}"

@@ -35,7 +35,7 @@ def grouped_linear(x_TK: Tensor, weight_ENK: Tensor, offs: Tensor, recipe: str |
         recipe: one with scales by row or in blocks of a row, such as "float8_rowwise" or "mxfp8".
 
     Returns:
-        (T, N) in x's dtype. Rows from offs[-1] on are undefined.
+        (T, N) in x's dtype. Rows from offs[-1] on are undefined, and so are those of x's gradient.
 
     Raises:
         MisfitError: shapes that do not go together, or a recipe with one scale for the tensor.

@@ -14,7 +14,8 @@ The rows and what they were taken from:
 
     float8_tensorwise       one scale a tensor, e5m2 gradients           Micikevicius et al., arXiv 2209.05433
     float8_rowwise          one scale a row, powers of two               the fp8 rowwise recipe of torchtitan
-    float8_rowwise_gw_hp    the same, grad_weight in floats, the weight of grad_input with one scale
+    float8_rowwise_gw_hp    one scale a row in fp32, grad_weight in floats, the weight of grad_input with one scale. torchao's
+                            recipe of this name rounds scales to powers of two: `power_of_two()`, and lowp.torchao does
     float8_blockwise        1x128 and 128x128, e4m3 throughout           DeepSeek-V3, arXiv 2412.19437, section 3.3
     mxfp8                   1x32, e4m3 throughout                        arXiv 2506.08027
     mxfp4, nvfp4            4 bits forward, floats backward (straight-through)

@@ -29,7 +29,7 @@ from ...ops.cast import both_reference
 from ...ops.registry import Case, Kernel, device_capability
 from . import why_not_portable
 from .cast import cast_tensors, constants_of, plan_of, why_not_format
-from .launch import aligned, begin, launch
+from .launch import aligned, begin, capturing, launch
 from .rounding import bits_of, encode, float_of, quotient, stored_scale, widen
 from .scales import power_scale
 
@@ -158,6 +158,8 @@ def _both_kernel(
 ):  # fmt: skip
     """One tile of both forms. R and C are `constants_of` their formats; MP: M with the rows of zeros below.
 
+    RANDOM: 1, rounded by the number `seed`; 2, by the number that it points to.
+
     The last tiles go first: the launch before this one has just read them."""
     begin(EARLY)
     row, column = tl.num_programs(1) - 1 - tl.program_id(1), tl.num_programs(0) - 1 - tl.program_id(0)
@@ -168,6 +170,8 @@ def _both_kernel(
     if STATIC:
         given = widen(tl.load(given_ptr))
     noise = 0.0
+    if RANDOM == 2:
+        seed = tl.load(seed)
     at = m[:, None].to(tl.int64) * K + k[None, :]
     if ROWS:
         if RANDOM:
@@ -254,11 +258,11 @@ def _run(
     tile, warps = _tile_of(forms)
     grid = (-(-width // tile[1]), -(-height // tile[0]), 1)
     amaxes = _amaxes(x_MK, forms) if act_scale is None else (x_MK, x_MK)
-    seed = int(torch.randint(0, 2**31 - 1, ())) if stochastic else 0
+    seed = _seed(device) if stochastic else 0
     row_form, column_form = (form or next(other for other in forms if other) for form in forms)
     pointers = [tensor for pair in made for tensor in (pair or (x_MK, x_MK))]
     args = (x_MK, act_scale, *amaxes, *pointers, tokens, width, height, x_MK.stride(0), seed)
-    static, random = act_scale is not None, stochastic
+    static, random = act_scale is not None, stochastic + isinstance(seed, Tensor)
     key = (
         "both", rows, columns, static, random, x_MK.dtype, aligned(x_MK), _seen(x_MK.stride(0)), _seen(height),
         None if act_scale is None else act_scale.dtype, device.index,
@@ -278,6 +282,13 @@ def _run(
         if form is not None and pair is not None
         for tensor, dtype in zip(pair, (form.fmt.element.dtype, form.scale), strict=True)
     ]
+
+
+def _seed(device: torch.device) -> int | Tensor:
+    """Of this cast's noise. In a CUDA graph it is drawn on the device, or every replay would round the same way."""
+    if capturing(device):
+        return torch.randint(0, 2**31 - 1, (1,), dtype=torch.int32, device=device)
+    return int(torch.randint(0, 2**31 - 1, ()))
 
 
 def _tile_of(forms: list[_Form | None]) -> tuple[tuple[int, int], int]:

@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ...ops.operator import define, plain
 from . import interpreted
 
-__all__ = ["aligned", "begin", "define", "launch", "plain"]
+__all__ = ["aligned", "begin", "capturing", "define", "launch", "plain"]
 KERNELS = ()
 
 _COMPILED: dict[Any, Any] = {}
@@ -85,6 +85,11 @@ def _first(
         return
     with torch.cuda.device(device):
         _COMPILED[key] = kernel[grid](*args, *constants, **options), constants
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched goes into a CUDA graph, which will run it again with the very same arguments."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def aligned(x: Tensor) -> bool:

@@ -4,7 +4,7 @@ What exactness asks for:
   - Triton's `/` is approximate on a GPU. A quotient is x * (1 / s), corrected by the remainder with fused multiply-adds, both
     operands first moved by the power of two that brings s to [1, 2): as IEEE's division, bit for bit (Markstein, "IA-64 and
     elementary functions", section 8). The interpreter does not fuse, there it is numpy's division. Numbers that were bf16 or
-    fp16 need one correction, where only the element that the quotient is rounded to counts (see `quotient`).
+    fp16 need one correction (see `quotient`).
   - Integers are rounded by adding 1.5 * 2**23, which leaves them in the low bits: nearest, ties to even.
   - float8 is the hardware's own conversion from sm89 on (saturating, NaN kept), elsewhere arithmetic as in `Element.encode`.
 """
@@ -73,12 +73,9 @@ def rounded(x, DTYPE: tl.constexpr):
 def quotient(x, s, STATIC: tl.constexpr, NARROW: tl.constexpr = False):
     """x / s, rounded as IEEE rounds; s is positive, infinite or NaN, one for each row of the tile.
 
-    NARROW: one correction is enough, where x and s are both bf16 (exact: all 128 x 128 pairs of mantissas were tried), and
-    where x has at most 11 significant bits (bf16, fp16) and the quotient is only rounded to float8 or smaller. After it q is
-    off by 2**-46 of itself before it is rounded, so it differs from IEEE's only next to the middle of two floats, and that
-    matters only if one of these is the middle of two elements, m of 5 bits. With S the 24 bits of s: |X 2**e - S (m 2**20 +-
-    1)| <= 8, X of 11 bits, e >= 36. So S = c 2**20 + t with |t| <= 8 and t m +- c = 0, which leaves S = 2**24 - 1 and X a power
-    of two alone; there q is right (tried). A quotient beyond 2**59 may come out smaller."""
+    NARROW: one correction is enough where x has at most 11 significant bits (bf16, fp16), whatever s: all 2**10 x 2**23 pairs
+    of mantissas were tried, none differs. A quotient beyond 2**59 may come out smaller, one that is subnormal is rounded twice.
+    """
     if _NO_FMA:
         return tl.div_rn(x, s)
     else:

@@ -38,7 +38,7 @@ from ...numerics import Format
 from ...ops.registry import Case, Kernel, device_capability
 from ...ops.update import ELEMENTWISE, Coefficients, Slot, Step, formats_of, why_not_flat
 from . import interpreted, why_not_portable
-from .launch import begin, launch
+from .launch import begin, capturing, launch
 from .rounding import TINY, at_least, bits_of, encode_float, float_of, to_bf16, widen
 
 _NO_FMA = tl.constexpr(interpreted())
@@ -414,10 +414,6 @@ def _host(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory() if device.type == "cuda" else values
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def _stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
@@ -432,9 +428,9 @@ def _plan(slots: Sequence[Slot], tile: int) -> Plan:
 def _table(plan: Plan, grads: Sequence[Tensor]) -> Table:
     device = plan.work.device
     made_for = _stream(device), tuple(grad.data_ptr() for grad in grads)
-    capturing, known = _capturing(device), plan.table
-    if known is not None and known.made_for[1] == made_for[1] and (capturing or known.made_for[0] == made_for[0]):
-        if capturing:  # all streams have been waited for before
+    in_graph, known = capturing(device), plan.table
+    if known is not None and known.made_for[1] == made_for[1] and (in_graph or known.made_for[0] == made_for[0]):
+        if in_graph:  # all streams have been waited for before
             plan.captured.append(known)
         return known
     rows = plan.rows.clone()
@@ -442,7 +438,7 @@ def _table(plan: Plan, grads: Sequence[Tensor]) -> Table:
     host = _host(rows, device)
     aligned = plan.aligned and all(pointer % 16 == 0 for pointer in made_for[1])
     table = Table(made_for=made_for, host=host, device=host.to(device, non_blocking=True), aligned=aligned)
-    if capturing:
+    if in_graph:
         plan.captured.append(table)
     else:
         plan.table = table
