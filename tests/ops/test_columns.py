@@ -96,7 +96,7 @@ NAMES = {
 }
 
 
-def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
+def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion, registers):
     constants = (*constants, True)
     signature, values, attributes = {}, {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, (*args, *constants), strict=True)):
