@@ -339,6 +339,13 @@ def test_a_rotation_unties_in_the_files_too(floats, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_what_a_rotation_untied_is_saved_beside_the_floats_configuration_and_loads(floats, tmp_path):
+    model = load(floats)
+    lowp.quantize_(model, {"lm_head": None, "*": "int8/row"}, method="rotate")
+    lowp.save(model, tmp_path / "out", config_from=floats)
+    assert torch.equal(lowp.load(tmp_path / "out")(batches()[0]).logits, model(batches()[0]).logits)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
