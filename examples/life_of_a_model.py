@@ -12,7 +12,8 @@ What happens, for each format of `FORMATS`:
 
     prepare      lowp.qat.prepare(model, rules): the float model computes with quantized numbers
     fine-tune    the loss is distillation, KL(float model || quantized model), and cross entropy, on text that is not held out
-    control      (--control) the float model trained on, by the same loss, text and pace: what of the gain is more training
+    control      (--control, with --distill below 1) the float model trained on, by the same loss, text and pace: what of the
+                 gain is more training
     convert      lowp.qat.convert(model): what training chose becomes quantized weights
     rivals       lowp.quantize_(float model, same rules, method): rounding ("absmax") and better choices, without training
     evaluate     perplexity, KL, top-1 agreement on the held-out text, and the share of rounding's damage that was recovered:
@@ -282,14 +283,19 @@ def rival(floats: Any, ids: torch.Tensor, scheme: str, method: str) -> Any | Non
         return None
     model = copy.deepcopy(floats)
     lowp.quantize_(model, TABLE, method="absmax")  # the table is looked up: its rows see no calibration
-    calibration = ids[: CALIBRATION * 512].view(-1, 512).long() if METHODS[method].wants_data else None
     lowp.quantize_(
         model,
         {"lm_head": None, "model.embed_tokens": None, "*": scheme},
         method=method,
-        data=None if calibration is None else calibration.split(8),
+        data=calibration(ids) if METHODS[method].wants_data else None,
     )
     return model
+
+
+def calibration(ids: torch.Tensor) -> list[torch.Tensor]:
+    """Up to `CALIBRATION` whole sequences of the text, in batches (B, 512)."""
+    count = min(CALIBRATION, len(ids) // 512)
+    return list(ids[: count * 512].view(count, 512).long().split(8))
 
 
 # -- show -------------------------------------------------------------------------------------------------------------
@@ -398,7 +404,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     p.add_argument(
         "--lr-scale", type=float, default=1.0, help="of the learning rates of fine-tuning, for small batches"
     )
-    p.add_argument("--control", action="store_true", help="also train the float model on")
+    p.add_argument("--control", action="store_true", help="also train the float model on; with --distill below 1")
     p.add_argument("--control-lr", type=float, default=5e-4)
     p.add_argument("--cases", help="only the formats whose name has one of these words, by commas")
     p.add_argument("--rivals", default=RIVALS, help="methods without training; absmax is the measure of all")
@@ -418,6 +424,8 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         p.error("--rivals wants absmax among them: shares are of its damage")
     if args.size and not (args.pretrain or args.pretrain_seconds):
         p.error("--size wants --pretrain STEPS or --pretrain-seconds SECONDS: it begins with random weights")
+    if args.control and args.distill >= 1:
+        p.error("--control wants --distill below 1: from itself alone the float model has nothing to learn")
     args.text = args.text or ("self" if args.short else "documentation")
     args.heldout = args.heldout or ROOT / "examples" / "small_lm" / "heldout.txt"
     if args.short:

@@ -27,7 +27,7 @@ def life(monkeypatch):
 def test_short_form_recovers_what_rounding_lost(life, tmp_path):
     evaluations = life.main(["--short", "--out", str(tmp_path)])
     recovered = life.shares(evaluations)
-    assert len(evaluations) == 8 and recovered["int2 g32, absmax"] == 0
+    assert len(evaluations) == 10 and recovered["int2 g32, absmax"] == 0
     assert recovered["int2 g32, QAT"] > max(recovered["int2 g32, mse"], recovered["int2 g32, hqq"])
     assert recovered["int4 g32, int8 activations, QAT"] > 0.3
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -44,11 +44,21 @@ def test_a_recorded_command_names_no_folder_of_this_machine(life):
     assert life.command_of(words).endswith("--steps 9 --out out --work=where --start build/lm")
 
 
+def test_a_control_that_could_learn_nothing_is_refused(life, capsys):
+    """Distilled from itself the float model is where it began: a share against it would be no second figure."""
+    with pytest.raises(SystemExit):
+        life.arguments(["--control"])
+    assert "--distill below 1" in capsys.readouterr().err
+    assert life.arguments(["--control", "--distill", "0.5"]).control
+
+
 def test_its_pieces(life):
     """What the short form would show only after a minute: batches, paces, shares."""
     stream = life.batches(torch.arange(100, dtype=torch.int32), 3, 10, torch.Generator().manual_seed(0))
     batch = next(stream)
     assert batch.shape == (3, 10) and (batch[:, 1:] - batch[:, :-1] == 1).all()
+    assert [len(one) for one in life.calibration(torch.zeros(10 * 512 + 8))] == [8, 2]
+    assert sum(len(one) for one in life.calibration(torch.zeros(100 * 512))) == life.CALIBRATION
     paces = [life.pace((step + 1) / 100) for step in range(100)]
     assert max(paces) == paces[9] == pytest.approx(1.0) and paces[-1] == pytest.approx(0.0, abs=1e-9)
     model = torch.nn.Sequential(torch.nn.Linear(64, 8))

@@ -120,6 +120,22 @@ def test_a_refused_conversion_changes_nothing():
     )
 
 
+@pytest.mark.parametrize(
+    ("part", "value"), [("scale", 0.0), ("scale", -1.0), ("scale", float("inf")), ("zero_point", float("nan"))]
+)
+@pytest.mark.parametrize("scheme", ["int4/1x32*bf16+bf16", "int4/1x32*bf16+int8"])
+def test_scales_and_zero_points_that_went_astray_are_not_converted(scheme, part, value):
+    model = nn.Sequential(nn.Linear(64, 8))
+    qat.prepare(model, scheme, learn="weight")
+    with torch.no_grad():
+        getattr(model[0].fake_weight, part)[3, 1] = value
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(MisfitError, match=r"0: learned .* got 1 .*astray"):
+        qat.convert(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+
+
 def test_layers_whose_weight_is_read_elsewhere_are_refused():
     hooked = nn.Sequential(nn.Linear(32, 32))
     hooked[0].forward = hooked[0].forward  # as accelerate's hooks do

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 import lowp
 from lowp.integrations.transformers import empty_model, load, sources
 from lowp.quantize import METHODS, Method
+from lowp.quantize.apply import _InPlace
 from lowp.quantize.blocks import chain_of
 from lowp.quantize.calibrate import How
 from lowp.quantize.calibrate_files import _digest, calibrate_files
@@ -338,6 +339,13 @@ def test_a_rotation_unties_in_the_files_too(floats, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_what_a_rotation_untied_is_saved_beside_the_floats_configuration_and_loads(floats, tmp_path):
+    model = load(floats)
+    lowp.quantize_(model, {"lm_head": None, "*": "int8/row"}, method="rotate")
+    lowp.save(model, tmp_path / "out", config_from=floats)
+    assert torch.equal(lowp.load(tmp_path / "out")(batches()[0]).logits, model(batches()[0]).logits)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -637,6 +645,18 @@ def test_what_fails_in_mid_run_leaves_the_model_as_it_was(method):
     assert all(after[name] is before[name] for name in before) and set(after) == set(before)
     assert all(torch.equal(after[name], value) for name, value in values.items())
     assert model.config.tie_word_embeddings is True and not model.training
+
+
+def test_what_was_brought_to_another_device_is_back_after_a_failure():
+    """Buffers too. The device meta takes the place of one that this machine need not have."""
+    model = llama()
+    before = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    place = _InPlace(model, torch.device("meta"), copies=False)
+    place.load(model)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+    place.restore()
+    after = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(after[name] is tensor for name, tensor in before.items())
 
 
 def test_a_weight_that_is_not_finite_is_found_before_anything_changes():

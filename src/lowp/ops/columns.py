@@ -7,7 +7,9 @@ rounded; U is upper triangular, and column j lies in block places[j] // bk of th
     left_k = left_k - U_jk e_j      for all k > j, product and difference rounded each for itself
 
 Rows of the weight do not depend on one another, so a kernel may take a few of them and all of the columns at once. The codes and
-errors of every kernel are the reference's own, bit for bit: that is why no multiply-add is fused, here or there.
+errors of every kernel are the reference's own, bit for bit, for finite numbers (calibration lets no others come this far): that
+is why no multiply-add is fused, here or there. What a product of matrices makes of the errors between two steps is each device's
+own, and so may be codes behind the first step.
 """
 
 from __future__ import annotations

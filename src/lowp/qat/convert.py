@@ -25,7 +25,7 @@ from ..quantize.apply import check_finite
 from ..quantize.match import PlanRow, Rules, Target, planned
 from ..quantize.statistics import Statistics
 from .fake import FakeQuantize, FakeQuantized, is_prepared, prepare_module, restore_module
-from .learn import LearnedQuantize, LearnedRange, check_scale
+from .learn import LearnedQuantize, LearnedRange
 from .lora import Adapted, AdaptedQuantize, Lora
 
 LEARN = ("weight", "act")
@@ -275,7 +275,7 @@ def convert(model: nn.Module, *, strict: bool = False) -> Report:
     for path, module in found:
         act = _act_scale(module)
         if isinstance(module.fake_weight, LearnedQuantize):
-            check_scale(module.fake_weight.scale, path)
+            module.fake_weight.check(path)
         for name in module.fake_names:
             weight, fqn = _learned(module, name), f"{path}.{name}" if path else name
             _check_whole(weight, fqn, "converted", _GATHER)

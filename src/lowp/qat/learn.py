@@ -92,9 +92,19 @@ class LearnedQuantize(FakeQuantize):
         zero_point = None if self.zero_point is None else _Slowed.apply(self.zero_point, self.factor)
         return fake_quantize_given(x, self.format, scale, zero_point, clamp=self.clamp)
 
+    def check(self, name: str = "") -> None:
+        """A MisfitError unless what was learned can be stored: scales positive and finite, zero points finite."""
+        check_scale(self.scale, name)
+        lost = 0 if self.zero_point is None else int((~self.zero_point.detach().isfinite()).sum())
+        if lost:
+            raise MisfitError(
+                f"{name}{name and ': '}learned zero points want to be finite, got {lost} that are not: training went astray, "
+                "give them a smaller learning rate."
+            )
+
     def parts(self, x: Tensor) -> Parts:
         """What `forward` shows, as it is stored; scales that training made zero, negative or infinite are a MisfitError."""
-        check_scale(self.scale)
+        self.check()
         return quantize_given(x, self.format, self.scale, self.zero_point)
 
     def extra_repr(self) -> str:

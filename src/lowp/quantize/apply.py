@@ -226,6 +226,7 @@ class _InPlace:
         self.done: set[nn.Module] = set()
         self.originals = dict(model.named_parameters(remove_duplicate=False))
         self.homes = {name: parameter.device for name, parameter in self.originals.items()}
+        self.buffers = {child: dict(child._buffers) for child in model.modules()}
         self.tied = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
 
     @property
@@ -261,6 +262,8 @@ class _InPlace:
         """The model as it was."""
         for fqn in self.originals:
             self._put_back(fqn)
+        for child, buffers in self.buffers.items():
+            child._buffers.update(buffers)
         config: Any = getattr(self.model, "config", None)
         if self.tied is not None:
             config.tie_word_embeddings = self.tied

@@ -101,8 +101,7 @@ def calibrate_files(
             name: Meaning.from_json(name, value) for entry in entries for name, value in entry["meanings"].items()
         }
         if config_from is not None:
-            copy_configuration(Path(config_from), work)
-            _say_untied(work, edits)
+            copy_configuration(Path(config_from), work, untied=bool(edits.unties))
         seal(work, [_written(work / name) for name in names], meanings, tied)
     publish(work, target)
     (target / JOURNAL).unlink()
@@ -336,13 +335,6 @@ def _written(path: Path) -> Shard:
 
 def _shard_name(index: int) -> str:
     return f"model-block-{index:05}.safetensors"
-
-
-def _say_untied(work: Path, edits: Edits) -> None:
-    """A model whose head became a tensor of its own says so in its configuration."""
-    path = work / "config.json"
-    if edits.unties and path.is_file():
-        path.write_text(json.dumps(files.read_json(path) | {"tie_word_embeddings": False}, indent=2) + "\n")
 
 
 def _row_to(row: ReportRow) -> dict[str, Any]:

@@ -184,7 +184,8 @@ def save(
         files.create(work, laid_out)
         _fill(work, laid_out, groups)
         if config_from is not None:
-            copy_configuration(Path(config_from), work)
+            tied_now = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+            copy_configuration(Path(config_from), work, untied=tied_now is False)
         else:
             _save_configuration(model, work)
         seal(work, laid_out, meanings, tied)
@@ -271,12 +272,18 @@ def _write_json(path: Path, value: Any) -> None:
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def copy_configuration(source: Path, target: Path) -> None:
-    """Copy what lies in a checkpoint's directory beside its weights: configuration, tokenizer, licence, model card."""
+def copy_configuration(source: Path, target: Path, *, untied: bool = False) -> None:
+    """Copy what lies in a checkpoint's directory beside its weights: configuration, tokenizer, licence, model card.
+
+    untied: embedding and head are two tensors now, whatever the configuration says (a rotation unties them).
+    """
     for path in sorted(files.check_directory(source).iterdir()):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json") or path.name == RECORD
         if path.is_file() and not weights and not path.name.startswith("."):
             shutil.copyfile(path, target / path.name)
+    path = target / "config.json"
+    if untied and path.is_file() and (known := files.read_json(path)).get("tie_word_embeddings") is not False:
+        path.write_text(json.dumps(known | {"tie_word_embeddings": False}, indent=2) + "\n")
 
 
 def _save_configuration(model: nn.Module, work: Path) -> None:
