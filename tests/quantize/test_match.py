@@ -133,7 +133,7 @@ def test_a_rule_of_many_names_does_not_fill_the_report():
 
 @pytest.mark.parametrize("batch", ["a text", ["a text", "another"]])
 def test_text_is_no_batch(batch):
-    with pytest.raises(SpellingError, match="data wants .*batch"):
+    with pytest.raises(SpellingError, match=r"data wants .*batch"):
         lowp.quantize_(nn.Sequential(nn.Linear(64, 64)), "int4/1x32", method="gptq", data=batch)
 
 
