@@ -157,7 +157,7 @@ QUOTED = (
     ("README.md", rf"is the one to choose: {F}, {F}, {F}\.", tuple(median("fp8_dynamic", n) for n in ("256", "1024", "4096"))),
     ("README.md", rf"recovers {F} % .* loses and {F} % at 3 bits, .* \({F} % at 2",
      tuple(recovered(one) for one in ("int4/1x32*bf16@int8/row", "int3/1x32*bf16+bf16", "int2/1x32*bf16+bf16"))),
-    ("docs/guide.md", rf"takes {F} ms, {F} with gradients, where everything on the GPU takes {F} and copies one after the other {F};",
+    ("docs/guide.md", rf"takes {F} ms, {F} with gradients, where everything on the GPU takes {F} and copies .{{1,30}} {F};",
      tuple(stepped(f"{what}: {LAYERS}", "value", False, OFFLOAD) for what in (
          "CPUOffloadOptimizer", "CPUOffloadOptimizer, gradients too", "torch AdamW fused, bf16 states",
          "offload, copies one after the other"))),
