@@ -282,12 +282,13 @@ def rival(floats: Any, ids: torch.Tensor, scheme: str, method: str) -> Any | Non
         return None
     model = copy.deepcopy(floats)
     lowp.quantize_(model, TABLE, method="absmax")  # the table is looked up: its rows see no calibration
-    calibration = ids[: CALIBRATION * 512].view(-1, 512).long() if METHODS[method].wants_data else None
+    length = min(512, len(ids))  # what the model writes itself in the short form is not 32 sequences, nor whole ones
+    sequences = ids[: min(CALIBRATION, len(ids) // length) * length].view(-1, length).long()
     lowp.quantize_(
         model,
         {"lm_head": None, "model.embed_tokens": None, "*": scheme},
         method=method,
-        data=None if calibration is None else calibration.split(8),
+        data=sequences.split(8) if METHODS[method].wants_data else None,
     )
     return model
 

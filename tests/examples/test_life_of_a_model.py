@@ -27,7 +27,7 @@ def life(monkeypatch):
 def test_short_form_recovers_what_rounding_lost(life, tmp_path):
     evaluations = life.main(["--short", "--out", str(tmp_path)])
     recovered = life.shares(evaluations)
-    assert len(evaluations) == 8 and recovered["int2 g32, absmax"] == 0
+    assert len(evaluations) == 10 and recovered["int2 g32, absmax"] == 0
     assert recovered["int2 g32, QAT"] > max(recovered["int2 g32, mse"], recovered["int2 g32, hqq"])
     assert recovered["int4 g32, int8 activations, QAT"] > 0.3
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -37,6 +37,14 @@ def test_short_form_recovers_what_rounding_lost(life, tmp_path):
         and (tmp_path / "life.png").stat().st_size > 10_000
     )
     assert (tmp_path / "int2-g32" / "lowp.json").is_file()
+
+
+@pytest.mark.parametrize("tokens", [100, 2056])  # the short form's own text is shorter than what the long one reads
+def test_a_rival_is_calibrated_on_a_text_of_any_length(life, tokens):
+    size = life.lm.Size(hidden=64, intermediate=128, layers=1, heads=1, kv_heads=1, lr=1e-3)
+    ids = torch.arange(tokens, dtype=torch.int32) % life.lm.VOCAB
+    model = life.rival(life.lm.build(size, 2048).eval(), ids, "int4/1x32*bf16", "gptq")
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight, life.lowp.QTensor)
 
 
 def test_a_recorded_command_names_no_folder_of_this_machine(life):
