@@ -28,6 +28,8 @@ LINE = re.compile(r"^\s*([0-9a-f]+):\t[0-9a-f]+ \t(\S+)(?:\t(.*))?$")
 
 def functions(instructions: str) -> dict[str, list[tuple[int, str, str]]]:
     """Address, mnemonic and operands of each instruction, by function."""
+    if not OBJECTS.is_dir():
+        raise SystemExit(f"wants {OBJECTS.relative_to(ROOT)}, got none: run `make cpp-arm` first.")
     text = subprocess.run(
         ["aarch64-linux-gnu-objdump", "-dC", str(OBJECTS / f"product_{instructions}.cpp.o")],
         check=True,

@@ -293,9 +293,10 @@ def rival(floats: Any, ids: torch.Tensor, scheme: str, method: str) -> Any | Non
 
 
 def calibration(ids: torch.Tensor) -> list[torch.Tensor]:
-    """Up to `CALIBRATION` whole sequences of the text, in batches (B, 512)."""
-    count = min(CALIBRATION, len(ids) // 512)
-    return list(ids[: count * 512].view(count, 512).long().split(8))
+    """Up to `CALIBRATION` sequences of 512 tokens, in batches; a shorter text, such as the short form's own, is one sequence."""
+    length = min(512, len(ids))
+    count = min(CALIBRATION, len(ids) // length)
+    return list(ids[: count * length].view(count, length).long().split(8))
 
 
 # -- show -------------------------------------------------------------------------------------------------------------

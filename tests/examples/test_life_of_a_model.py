@@ -39,6 +39,14 @@ def test_short_form_recovers_what_rounding_lost(life, tmp_path):
     assert (tmp_path / "int2-g32" / "lowp.json").is_file()
 
 
+@pytest.mark.parametrize("tokens", [100, 2056])  # the short form's own text is shorter than what the long one reads
+def test_a_rival_is_calibrated_on_a_text_of_any_length(life, tokens):
+    size = life.lm.Size(hidden=64, intermediate=128, layers=1, heads=1, kv_heads=1, lr=1e-3)
+    ids = torch.arange(tokens, dtype=torch.int32) % life.lm.VOCAB
+    model = life.rival(life.lm.build(size, 2048).eval(), ids, "int4/1x32*bf16", "gptq")
+    assert isinstance(model.model.layers[0].mlp.up_proj.weight, life.lowp.QTensor)
+
+
 def test_a_recorded_command_names_no_folder_of_this_machine(life):
     words = ["--steps", "9", "--out", "/somewhere/out", "--work=/else/where", "--start", "build/lm"]
     assert life.command_of(words).endswith("--steps 9 --out out --work=where --start build/lm")

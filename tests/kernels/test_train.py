@@ -21,7 +21,7 @@ import dataclasses, hopper, json, sys, torch
 
 from lowp.kernels.triton_ import cast, cast_both, w8a8
 from lowp.numerics import Parts
-from lowp.ops.cast import _case_of_both
+from lowp.ops.cast import case_of_both
 from lowp.train import RECIPES
 
 made = hopper.compiling(cast, cast_both)
@@ -37,8 +37,8 @@ for recipe in map(RECIPES.__getitem__, sys.argv[1:]):
     for what, rows, columns, given, random in casts:
         if rows or columns:
             extras = ["rows"] * bool(rows) + ["columns"] * bool(columns) + ["act_scale"] * (given is not None)
-            case = _case_of_both(
-                rows or "", columns or "", "cuda", 0, x.dtype, 2048, (*extras, *["stochastic"] * random)
+            case = case_of_both(
+                "cast_both", rows or "", columns or "", "cuda", 0, x.dtype, 2048, (*extras, *["stochastic"] * random)
             )
             if not cast_both.KERNELS[0].why_not(dataclasses.replace(case, sm=90)):
                 for cast_both.capturing in (lambda device: False, lambda device: True)[: 1 + random]:

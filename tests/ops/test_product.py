@@ -13,7 +13,7 @@ from lowp.kernels.triton_ import interpreted
 from lowp.numerics import Format, dequantize
 from lowp.numerics.compare import relative_error
 from lowp.ops import cast_both, kernels_of, product
-from lowp.ops.cast import _case_of_both, both_reference, cast_turned, parts_of
+from lowp.ops.cast import both_reference, case_of_both, cast_turned, parts_of
 from lowp.ops.product import case_of_product, formats, reference
 
 BOTH = [(k, case) for k in kernels_of("cast_both") if not k.fallback for case in k.cases]
@@ -33,7 +33,7 @@ def numbers(shape, dtype, device):
 
 def case_of(rows, columns, x, *extras):
     where = ("cuda", 90) if x.device.type == "cpu" and interpreted() else (x.device.type, None)
-    case = _case_of_both(rows, columns, "cpu", None, x.dtype, x.shape[-1], extras)
+    case = case_of_both("cast_both", rows, columns, "cpu", None, x.dtype, x.shape[-1], extras)
     return dataclasses.replace(case, device=where[0], sm=90)
 
 

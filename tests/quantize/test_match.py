@@ -125,6 +125,18 @@ def test_errors_say_what_to_do():
         lowp.plan(nn.ModuleDict({"e": nn.Embedding(64, 64)}), {"e": "int8/row@int8/row"})
 
 
+def test_a_rule_of_many_names_does_not_fill_the_report():
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(100)))
+    plan = lowp.plan(model, {f"re:{'|'.join(map(str, range(100)))}": "int8/row"})
+    assert {row.scheme for row in plan.rows} == {"int8/row"} and max(len(row.why) for row in plan.rows) < 140
+
+
+@pytest.mark.parametrize("batch", ["a text", ["a text", "another"]])
+def test_text_is_no_batch(batch):
+    with pytest.raises(SpellingError, match=r"data wants .*batch"):
+        lowp.quantize_(nn.Sequential(nn.Linear(64, 64)), "int4/1x32", method="gptq", data=batch)
+
+
 def test_skip_is_a_line_in_the_plan():
     plan = lowp.plan(Model(), {"layers.*": "int4/1x96"}, on_misfit="skip")
     skipped = [row for row in plan.rows if row.why.startswith("skipped")]

@@ -280,7 +280,8 @@ def state_and_config(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any
             if isinstance(weight, QTensor):
                 if not isinstance(module, nn.Linear) or parameter != "weight":
                     raise MisfitError(
-                        f"compressed-tensors holds linear layers alone, {name}.{parameter} is in {weight.scheme}."
+                        f"compressed-tensors holds linear layers alone, got {name}.{parameter} in {weight.scheme}: give it a "
+                        "rule None (a tied embedding follows its lm_head), or lowp.dequantize_ the model first."
                     )
                 groups.setdefault(weight.scheme, []).append(name)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in compress(weight.detach()).items()}

@@ -220,19 +220,20 @@ def _cast_both(
 ) -> list[Tensor]:
     extras = (("rows", rows), ("columns", columns), ("act_scale", act_scale is not None), ("stochastic", stochastic))
     device = x.device
-    case = _case_of_both(
-        rows, columns, device.type, device.index, x.dtype, x.shape[-1], tuple(n for n, t in extras if t)
-    )
+    named = tuple(name for name, there in extras if there)
+    case = case_of_both("cast_both", rows, columns, device.type, device.index, x.dtype, x.shape[-1], named)
     made: list[Tensor] = pick(case).run(x, rows, columns, act_scale, multiple, stochastic)
     return made
 
 
 @functools.lru_cache(maxsize=4096)
-def _case_of_both(
-    rows: str, columns: str, device: str, index: int | None, dtype: torch.dtype, width: int, extras: tuple[str, ...]
-) -> Case:
+def case_of_both(
+    op: str, rows: str, columns: str, device: str, index: int | None, dtype: torch.dtype, width: int,
+    extras: tuple[str, ...] = (),
+) -> Case:  # fmt: skip
+    """The case of an op that casts x by row and by column, made once for each kind of call: both forms are one scheme."""
     return Case(
-        op="cast_both",
+        op=op,
         scheme="@".join(form for form in (rows, columns) if form),
         device=device,
         sm=device_capability(device, index),

@@ -14,16 +14,14 @@ Legend: T tokens of all experts, E experts, N output channels, K input channels,
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ..numerics import Format, quantize
 from ..numerics.math import quantize_given
-from .cast import cast_both, empty_parts
+from .cast import case_of_both, cast_both, empty_parts
 from .operator import define, plain
-from .registry import Case, device_capability, pick
+from .registry import pick
 
 MULTIPLE = 128  # codes of 8 bits: the 128 bytes of a row that the copy engine swizzles at once
 
@@ -79,21 +77,9 @@ def room(tokens: int, experts: int) -> int:
 
 def _cast_groups(x_TK: Tensor, offs: Tensor, rows: str, columns: str) -> list[Tensor]:
     device = x_TK.device
-    case = _case(rows, columns, device.type, device.index, x_TK.dtype, x_TK.shape[1])
+    case = case_of_both("cast_groups", rows, columns, device.type, device.index, x_TK.dtype, x_TK.shape[1])
     made: list[Tensor] = pick(case).run(x_TK, offs, rows, columns)
     return made
-
-
-@functools.lru_cache(maxsize=4096)
-def _case(rows: str, columns: str, device: str, index: int | None, dtype: torch.dtype, width: int) -> Case:
-    return Case(
-        op="cast_groups",
-        scheme="@".join(form for form in (rows, columns) if form),
-        device=device,
-        sm=device_capability(device, index),
-        dtype=str(dtype).removeprefix("torch."),
-        shape=(width,),
-    )
 
 
 def _fake(x_TK: Tensor, offs: Tensor, rows: str, columns: str) -> list[Tensor]:

@@ -11,7 +11,7 @@ way. What `convert` stores is bit for bit what the last forward multiplied with.
 from __future__ import annotations
 
 import dataclasses
-import re
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -279,7 +279,7 @@ def convert(model: nn.Module, *, strict: bool = False) -> Report:
         for name in module.fake_names:
             weight, fqn = _learned(module, name), f"{path}.{name}" if path else name
             _check_whole(weight, fqn, "converted", _GATHER)
-            rules["re:" + re.escape(fqn)] = module.scheme
+            rules[glob.escape(fqn)] = module.scheme
             if weight.data_ptr() not in chosen or act is not None:
                 chosen[weight.data_ptr()] = _run(module.fake_weight, act)
             learned.append((module, name, weight))

@@ -206,7 +206,12 @@ def _batches(data: Iterable[Batch] | None) -> list[Batch] | None:
     """The data as a list; what is one batch and not several is an error."""
     if isinstance(data, (Tensor, str, Mapping)):
         raise SpellingError(f"data wants a list of batches, got one {type(data).__name__}: write data=[batch].")
-    return None if data is None else list(data)
+    batches = None if data is None else list(data)
+    if batches and any(isinstance(batch, str) for batch in batches):
+        raise SpellingError(
+            "data wants batches of token ids (B, T), got text: tokenize it, data=[tokenizer(text, return_tensors='pt')]."
+        )
+    return batches
 
 
 class _InPlace:

@@ -17,6 +17,7 @@ A rule that matches nothing is an error, since it is nearly always a typing mist
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,12 +181,18 @@ class Rule:
             return any(self.pattern(name.rpartition(".")[0], target.module) for name in (target.fqn, *target.tied))
         if self.pattern == "*":
             return target.kind in ("linear", "experts", "conv1d")
-        if self.pattern.startswith("re:"):
-            return any(re.fullmatch(self.pattern[3:], name) for name in target.names)
-        return any(fnmatch.fnmatchcase(name, self.pattern) for name in target.names)
+        return any(self._expression.fullmatch(name) for name in target.names)
+
+    @functools.cached_property
+    def _expression(self) -> re.Pattern[str]:
+        pattern = str(self.pattern)  # compiled once: the caches of re and fnmatch are smaller than a model has layers
+        return re.compile(pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern))
 
     def __str__(self) -> str:
-        return self.pattern if isinstance(self.pattern, str) else getattr(self.pattern, "__name__", "predicate")
+        """As reports show it: each of a model's rows has one, so a long expression is cut."""
+        if not isinstance(self.pattern, str):
+            return getattr(self.pattern, "__name__", "predicate")
+        return self.pattern if len(self.pattern) <= 72 else f"{self.pattern[:68]} ..."
 
 
 def matched(
