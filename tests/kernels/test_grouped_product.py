@@ -23,7 +23,7 @@ NAMES = {torch.uint8: "*u8", torch.int32: "*i32", torch.bfloat16: "*bf16", torch
 MEMORY = re.compile(r"\\b(ld\\.global|st\\.global|cp\\.async|atom\\.|red\\.)")
 
 
-def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
+def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion, registers):
     constants = (*constants, True)
     signature, values, attributes = {}, {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, (*args, *constants))):

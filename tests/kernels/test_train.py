@@ -36,7 +36,7 @@ tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 seen, made = set(), []
 
 
-def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion):
+def compiled(kernel, key, grid, args, constants, device, warps, stages, fusion, registers):
     constants = (*constants, True)
     if (kernel.__name__, constants) in seen:
         return
