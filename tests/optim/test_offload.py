@@ -218,8 +218,17 @@ def test_an_error_amid_a_step_leaves_no_parameter_to_be_stepped_twice(offload, a
     assert_near(*nets, device)
 
 
+class Refuses(torch.optim.SGD):
+    """No group of a negative learning rate."""
+
+    def __init__(self, groups, **options):
+        if any(isinstance(group, dict) and group["lr"] < 0 for group in groups):
+            raise ValueError("learning rate")
+        super().__init__(groups, **options)
+
+
 def test_a_group_that_cannot_be_made_is_not_there(device):
-    optimizer = CPUOffloadOptimizer(model(device).parameters(), lr=0.1)
+    optimizer = CPUOffloadOptimizer(model(device).parameters(), Refuses, lr=0.1)
     with pytest.raises(ValueError, match="learning rate"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(64, 64, device=device))], "lr": -1.0})
     assert len(optimizer.param_groups) == 1

@@ -44,7 +44,7 @@ class _Host:
         pending: a gradient was copied, or is being copied, into the twin's .grad, since the last step.
         more: a buffer for the gradient of a further backward pass, `added` once it is in .grad.
         event: of the last copy; None on a CPU. version: of the parameter's memory after our last write. grad_version: of the
-            gradient that was copied.
+            gradient that was copied. stepped: the gradient, and its version, of a step that another parameter's error cut short.
     """
 
     param: Tensor
@@ -56,7 +56,7 @@ class _Host:
     event: Any = None
     version: int = -1
     grad_version: int = -1
-    grad: Tensor | None = field(default=None, repr=False)
+    stepped: tuple[Tensor, int] | None = field(default=None, repr=False)
 
 
 class CPUOffloadOptimizer(torch.optim.Optimizer):
@@ -215,8 +215,10 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
         try:
             while self._queue:  # one that was stepped leaves it: whatever the next one raises, it is not stepped again
                 self._step(self._queue[0], factor)
-                self._queue.popleft()
+                _was_stepped(self._queue.popleft())
             self._step_in_place(factor)
+            for host in self._hosts.values():
+                host.stepped = None
         finally:
             for device, (_, up) in self._streams.items():
                 torch.cuda.current_stream(device).wait_stream(up)
@@ -226,12 +228,13 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
     def _step_in_place(self, factor: Tensor | None) -> None:
         """The small ones."""
         for host in self._hosts.values():
-            if _shares(host):
+            if _shares(host) and not _is_stepped(host):
                 host.copy.grad = None if host.param.grad is None else local(host.param.grad)
                 if factor is not None and host.copy.grad is not None:
                     host.copy.grad.mul_(factor.to(host.copy.device))
                 host.optimizer.step()
                 torch.autograd.graph.increment_version(host.param)
+                _was_stepped(host)
 
     def _settle(self) -> None:
         """Gradients that were changed after their copy are copied again; weights that were written are taken over."""
@@ -242,6 +245,7 @@ class CPUOffloadOptimizer(torch.optim.Optimizer):
             if (
                 grad is not None
                 and not self._offload
+                and not _is_stepped(host)
                 and (not host.pending or local(grad)._version != host.grad_version)
             ):
                 host.copy.grad = _pinned_like(local(grad)) if host.copy.grad is None else host.copy.grad
@@ -358,6 +362,18 @@ def _pinned_like(x: Tensor) -> Tensor:
 def _shares(host: _Host) -> bool:
     """Whether a parameter is stepped where it is."""
     return host.copy.data_ptr() == local(host.param).data_ptr()
+
+
+def _was_stepped(host: _Host) -> None:
+    grad = host.param.grad
+    host.stepped = None if grad is None else (grad, local(grad)._version)
+
+
+def _is_stepped(host: _Host) -> bool:
+    """Whether this very gradient was stepped, in a step that did not end."""
+    if host.stepped is None or host.param.grad is not host.stepped[0]:
+        return False
+    return local(host.param.grad)._version == host.stepped[1]
 
 
 def _with(group: dict[str, Any], params: Iterable[Any]) -> dict[str, Any]:
