@@ -196,22 +196,28 @@ class Fails(torch.optim.SGD):
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("offload", [False, True])
-def test_an_error_amid_a_step_leaves_no_parameter_to_be_stepped_twice(offload, again, device, monkeypatch):
-    """The last layer's gradient comes first and is stepped; the next one's step fails. The step is tried again, or given up."""
-    nets = [nn.Sequential(nn.Linear(64, 128, bias=False), nn.Linear(128, 65, bias=False)).to(device) for _ in range(2)]
+@pytest.mark.parametrize(("sizes", "fails"), [((64, 128, 65), 0), ((8, 16, 9), 1)], ids=["on the host", "in place"])
+def test_an_error_amid_a_step_leaves_no_parameter_to_be_stepped_twice(
+    sizes, fails, offload, again, device, monkeypatch
+):
+    """One layer is stepped, then the other one's step fails: on the host the last layer comes first, in place the first one. The
+    step is tried again, or given up."""
+    a, b, c = sizes
+    nets = [nn.Sequential(nn.Linear(a, b, bias=False), nn.Linear(b, c, bias=False)).to(device) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     optimizer = CPUOffloadOptimizer(nets[0].parameters(), Fails, offload_gradients=offload, lr=0.1)
     plain = torch.optim.SGD(nets[1].parameters(), lr=0.1)
-    for i, x in enumerate(batches(device, 2)):
+    for i in range(2):
+        x = torch.randn(16, a, device=device)
         for net, one in zip(nets, (optimizer, plain), strict=True):
             one.zero_grad()
             net(x).square().mean().backward()
         if i == 0:
-            monkeypatch.setattr(Fails, "at", 64 * 128)
+            monkeypatch.setattr(Fails, "at", nets[0][fails].weight.numel())
             with pytest.raises(RuntimeError, match="no"):
                 optimizer.step()
             if not again:
-                nets[1][0].weight.grad = None
+                nets[1][fails].weight.grad = None
         if i == 1 or again:
             optimizer.step()
         plain.step()

@@ -299,18 +299,7 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(where, floats, tm
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
-def test_other_data_does_not_go_on_with_unfinished_work(floats, tmp_path):
-    def stop(name, done, total):
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(floats, tmp_path / "out", progress=stop)
-    with pytest.raises(lowp.LowpError, match="unfinished work of another kind"):
-        convert(floats, tmp_path / "out", data=batches(2))
-
-
-def test_other_options_do_not_go_on_with_unfinished_work(floats, tmp_path):
+def test_other_data_or_options_do_not_go_on_with_unfinished_work(floats, tmp_path):
     from lowp.methods import gptq
 
     def stop(name, done, total):
@@ -319,6 +308,8 @@ def test_other_options_do_not_go_on_with_unfinished_work(floats, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         convert(floats, tmp_path / "out", progress=stop)
+    with pytest.raises(lowp.LowpError, match="unfinished work of another kind"):
+        convert(floats, tmp_path / "out", data=batches(2))
     with pytest.raises(lowp.LowpError, match="unfinished work of another kind"):
         convert(floats, tmp_path / "out", gptq.method(damp=0.5))
     first, second = batches(2)

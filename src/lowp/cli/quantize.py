@@ -12,9 +12,10 @@ same command again goes on from there.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -165,7 +166,7 @@ def _run(
     """The work, under a progress bar; Ctrl-C says how to go on."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from ..quantize.stream import quantize_files, work_directory
+    from ..quantize.stream import quantize_files
 
     columns = (
         TextColumn("{task.percentage:>3.0f}%"),
@@ -185,18 +186,27 @@ def _run(
             else:  # what an earlier run has done tells nothing about the rate of this one
                 bar.reset(task, completed=done, total=total)
 
-        try:
+        with _resumable(out):
             return quantize_files(
                 sources, planned, out, tied=tied, method=method, device=device, config_from=model_dir,
                 overwrite=overwrite, shard_bytes=shard_bytes, progress=progress,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"What is done lies in {work_directory(out)}: the same command goes on from there; remove it to give up."
-            ) from None
 
 
 # -- with data --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _resumable(out: str) -> Iterator[None]:
+    """Ctrl-C says where the unfinished work lies."""
+    from ..quantize.stream import work_directory
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"What is done lies in {work_directory(out)}: the same command goes on from there; remove it to give up."
+        ) from None
 
 
 def _check_without_data(method: str, static: str) -> None:
@@ -259,7 +269,6 @@ def _calibrate(
     )
 
     from ..quantize.calibrate_files import calibrate_files
-    from ..quantize.stream import work_directory
 
     columns = (
         MofNCompleteColumn(), TextColumn("blocks"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -274,15 +283,11 @@ def _calibrate(
                 bar.reset(task, completed=done, total=total)
             bar.update(task, completed=done, total=total, name=name)
 
-        try:
+        with _resumable(out):
             return calibrate_files(
                 model, sources, rules, out, batches=texts, how=dataclasses.replace(how, progress=progress), tied=tied,
                 on_misfit=on_misfit, config_from=model_dir, overwrite=overwrite,
             )  # fmt: skip
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"What is done lies in {work_directory(out)}: the same command goes on from there; remove it to give up."
-            ) from None
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------
